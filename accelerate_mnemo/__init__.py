@@ -1,0 +1,1 @@
+"""Accelerate adapter. Not built yet."""

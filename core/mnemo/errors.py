@@ -1,0 +1,87 @@
+"""Every error that mnemo raises, in one tree.
+
+::
+
+    MnemoError
+    ├── ConfigError (ValueError)          a setting is unknown or its value is wrong
+    ├── MissingExtraError (ImportError)   an optional package is needed and absent
+    ├── IdentityError                     which run this is, and whether it may be resumed
+    │   ├── RunInUseError                 another live job holds this run's directory
+    │   ├── ModelChangedError             the snapshot belongs to another model
+    │   └── NothingToResumeError          resume was required and nothing is there
+    ├── HostMemoryError (MemoryError)     the snapshot buffers do not fit
+    ├── SmpError (ConnectionError)        the snapshot process cannot be reached or refused
+    │   └── ProtocolError                 a message that breaks the protocol
+    ├── IntegrityError                    stored bytes are not what was written
+    ├── SnapshotError                     a snapshot could not be taken; training goes on
+    ├── StorageError (OSError)            the persistent tier failed
+    ├── LaunchError                       ``mnemo run`` cannot start or go on
+    │   └── CrashLoopError                the same batch fails again and again
+    └── FaultNotFiredError (AssertionError)  an injected fault never happened
+
+A message says what happened, the value, and what to do.
+"""
+
+
+class MnemoError(Exception):
+    """Base of everything that mnemo raises on purpose."""
+
+
+class ConfigError(MnemoError, ValueError):
+    """A setting is unknown, ill-typed or contradicts another."""
+
+
+class MissingExtraError(MnemoError, ImportError):
+    """An optional dependency is needed; the message names the extra that brings it."""
+
+
+class IdentityError(MnemoError):
+    """The run's identity forbids what was asked."""
+
+
+class RunInUseError(IdentityError):
+    """Another live job uses the same run id and run directory."""
+
+
+class ModelChangedError(IdentityError):
+    """The newest snapshot was taken of a model with other tensors."""
+
+
+class NothingToResumeError(IdentityError):
+    """``run.resume: required`` and there is neither a snapshot nor a checkpoint."""
+
+
+class HostMemoryError(MnemoError, MemoryError):
+    """The snapshot buffers do not fit into the host's or the container's memory."""
+
+
+class SmpError(MnemoError, ConnectionError):
+    """The snapshot management process cannot be started, reached, or refused a request."""
+
+
+class ProtocolError(SmpError):
+    """A message between mnemo's processes that breaks the protocol."""
+
+
+class IntegrityError(MnemoError):
+    """Bytes read back fail their checksum or MAC, or have an unknown format version."""
+
+
+class SnapshotError(MnemoError):
+    """A snapshot could not be taken or completed. Never ends the training."""
+
+
+class StorageError(MnemoError, OSError):
+    """The persistent tier could not be read or written."""
+
+
+class LaunchError(MnemoError):
+    """``mnemo run`` cannot start the job or cannot go on with it."""
+
+
+class CrashLoopError(LaunchError):
+    """The job died at the same batch too often; the message names the batch."""
+
+
+class FaultNotFiredError(MnemoError, AssertionError):
+    """A declared fault was never triggered, so the test that declared it proves nothing."""
