@@ -1,1 +1,1 @@
-"""."""
+"""What happened to a run, and what was done about it."""
