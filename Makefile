@@ -25,9 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "venv: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu install python3-venv" >&2; exit 1; }; fi
 	@echo "venv: updating pip"
-	@$(PIP) install --quiet --upgrade "pip>=23"
+	@$(PIP) install -qq --upgrade "pip>=23"
 	@echo "venv: installing mnemo-ft (editable), torch, lightning, accelerate, test tools; a few minutes the first time"
-	@$(PIP) install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	@$(PIP) install -qq --constraint constraints.txt --editable ".[all,dev]"
 	@touch $@
 	@echo "venv: ready, torch $$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
 
