@@ -132,14 +132,15 @@ def take(room: Room) -> frozenset[Trace]:
 def wait_until_gone(room: Room, before: frozenset[Trace], patience_s: float) -> list[Trace]:
     """Return what exists beyond ``before``, after at most ``patience_s`` seconds of waiting."""
     deadline = time.monotonic() + patience_s
-    while left := take(room) - before:
-        if time.monotonic() > deadline:
-            ours = {t.key.pid for t in left if isinstance(t.key, psutil.Process)} | {os.getpid()}
-            foreign = _held_by_others({t.text for t in left if t.kind in _SHARED_KINDS}, ours)
-            return sorted((t for t in left if t.text not in foreign), key=str)
+    while True:
+        left = take(room) - before
+        ours = {t.key.pid for t in left if isinstance(t.key, psutil.Process)} | {os.getpid()}
+        foreign = _held_by_others({t.text for t in left if t.kind in _SHARED_KINDS}, ours)
+        left = {t for t in left if t.text not in foreign}
+        if not left or time.monotonic() > deadline:
+            return sorted(left, key=str)
         gc.collect()
         time.sleep(0.02)  # descriptors and files announce nothing; waiting would reap zombies
-    return []
 
 
 def _processes(room: Room) -> Iterator[Trace]:
