@@ -1,0 +1,129 @@
+"""What a setting may hold: how its text is read, written and described.
+
+Every source of settings is reduced to text first, so that a value means the same in a file, in
+the environment, on the command line and as an argument.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mnemo.config.units import format_duration, format_fraction, parse_duration, parse_fraction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from enum import Enum
+
+_SWITCH: Final = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PASSWORD: Final = re.compile(r"://[^/@]*:[^/]*@")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of value.
+
+    Attributes:
+        accepts: What a person may write, to complete "Give ...".
+        parse: From text to the value; raises ValueError where the text is not accepted.
+        format: From the value to text that `parse` reads back.
+    """
+
+    accepts: str
+    parse: Callable[[str], Any]
+    format: Callable[[Any], str] = str
+
+
+def choice(options: type[Enum]) -> Kind:
+    """Give the kind that takes the values of one enumeration of strings."""
+    return Kind(
+        accepts=f"one of {', '.join(option.value for option in options)}",
+        parse=lambda text: options(text.strip()),
+        format=lambda option: str(option.value),
+    )
+
+
+def without_password(text: str) -> str:
+    """Hide the user and password of a URL, so that messages can show the rest."""
+    return _PASSWORD.sub("://***@", text)
+
+
+def _above_zero(parse: Callable[[str], float]) -> Callable[[str], float]:
+    def checked(text: str) -> float:
+        value = parse(text)
+        if value <= 0:
+            raise ValueError(f"{text!r} is not above 0")
+        return value
+
+    return checked
+
+
+def _count(text: str) -> int:
+    number = float(text)
+    if not number.is_integer() or number < 1:
+        raise ValueError(f"{text!r} is not a whole number above 0")
+    return int(number)
+
+
+def _switch(text: str) -> bool:
+    try:
+        return _SWITCH[text.strip().lower()]
+    except KeyError:
+        raise ValueError(f"{text!r} is neither true nor false") from None
+
+
+def _name(text: str) -> str:
+    if text and not _NAME.fullmatch(text):
+        raise ValueError(f"{text!r} cannot be part of a file name")
+    return text
+
+
+def _plain(text: str) -> str:
+    # An escaped interpolation would be resolved after all where the value is used once more.
+    if not text.isprintable() or "${" in text:
+        raise ValueError(f"{text!r} has control characters or a literal ${{")
+    return text
+
+
+def _path(text: str) -> str:
+    return str(Path(_plain(text)).expanduser()) if text else ""
+
+
+def _named_path(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the path is empty")
+    return _path(text)
+
+
+def _url(text: str) -> str:
+    if _PASSWORD.search(text):
+        raise ValueError("a URL with a password in it ends up in logs")
+    return _plain(text).strip()
+
+
+DURATION: Final = Kind(
+    "a duration above 0, such as 90s, 10min or 1h30min (a bare number is seconds)",
+    _above_zero(parse_duration),
+    format_duration,
+)
+FRACTION: Final = Kind(
+    "a share above 0% and up to 100%, such as 1% or 0.01 (a bare number is below 1)",
+    _above_zero(parse_fraction),
+    format_fraction,
+)
+COUNT: Final = Kind("a whole number, at least 1", _count)
+SWITCH: Final = Kind("true or false", _switch, lambda value: str(value).lower())
+NAME: Final = Kind("up to 64 letters, digits, dots, dashes and underscores", _name)
+PATH: Final = Kind("a path", _path)
+NAMED_PATH: Final = Kind("a path that is not empty", _named_path)
+URL: Final = Kind(
+    "a path or URL without a password (storage credentials belong in the environment or in "
+    "fsspec's own configuration)",
+    _url,
+)
