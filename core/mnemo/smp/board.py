@@ -1,0 +1,81 @@
+"""A shared page on which ranks leave their position and the leader the next snapshot.
+
+Readable after a rank's death, which is how the steps lost by a crash are counted. Each field is
+one aligned 8-byte word, written whole, so no lock is needed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from typing import Any, Final
+
+_RECORD: Final = 64
+_SCHEDULE: Final = struct.Struct("<q")
+_POSITION: Final = struct.Struct("<qqqqd")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank is: counts of finished ticks, steps and batches of this epoch; unix seconds."""
+
+    tick: int
+    step: int
+    epoch: int
+    batch: int
+    time: float
+
+
+class Board:
+    """One page (or more) in a memfd: the schedule first, then 64 bytes a rank."""
+
+    def __init__(self, fd: int) -> None:
+        """Map the board behind ``fd``, which this object owns from here on."""
+        self.fd = fd
+        self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+
+    @classmethod
+    def create(cls, members: int) -> Board:
+        """A new board for ``members`` ranks."""
+        fd = os.memfd_create("mnemo:board", os.MFD_CLOEXEC)
+        os.ftruncate(fd, -(-(_RECORD * (members + 1)) // mmap.PAGESIZE) * mmap.PAGESIZE)
+        board = cls(fd)
+        board.schedule(-1)
+        return board
+
+    def schedule(self, tick: int) -> None:
+        """Leader: the next generation is taken at ``tick``."""
+        _SCHEDULE.pack_into(self._map, 0, tick)
+
+    def scheduled(self) -> int:
+        """The tick at which every rank takes its next generation; -1 before the first."""
+        return int(_SCHEDULE.unpack_from(self._map, 0)[0])
+
+    def report(self, slot: int, position: Position) -> None:
+        """Leave a rank's position; ``slot`` counts the ranks of this node from 0."""
+        p = position
+        _POSITION.pack_into(self._map, _RECORD * (slot + 1), p.tick, p.step, p.epoch, p.batch, p.time)
+
+    def position(self, slot: int) -> Position:
+        """What a rank reported last; all zero if nothing."""
+        return Position(*_POSITION.unpack_from(self._map, _RECORD * (slot + 1)))
+
+    def positions(self) -> list[dict[str, Any]]:
+        """All ranks' positions as plain data."""
+        count = len(self._map) // _RECORD - 1
+        found = []
+        for slot in range(count):
+            p = self.position(slot)
+            if p.time:
+                found.append(
+                    {"slot": slot, "tick": p.tick, "step": p.step, "epoch": p.epoch, "batch": p.batch, "time": p.time}
+                )
+        return found
+
+    def close(self) -> None:
+        """Unmap and close; harmless a second time."""
+        if not self._map.closed:
+            self._map.close()
+            os.close(self.fd)

@@ -1,0 +1,119 @@
+"""The trainer's (and every tool's) side of the conversation with the SMP."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from mnemo import errors
+from mnemo.errors import MnemoError, ProtocolError, SmpError
+from mnemo.smp import messages as m
+from mnemo.smp.paths import RunPaths
+from mnemo.transport import auth
+from mnemo.transport.local import BlockingChannel, close_all
+
+R = TypeVar("R", bound=m.Message)
+
+REPLY_TIMEOUT_S: Final = 120.0
+
+
+class SmpClient:
+    """One authenticated connection; requests from several threads take turns."""
+
+    def __init__(self, channel: BlockingChannel, pid: int) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+        self.pid = pid
+        """Process id of the SMP."""
+
+    @classmethod
+    def connect(cls, paths: RunPaths, secret: bytes, timeout_s: float = REPLY_TIMEOUT_S) -> SmpClient:
+        """Connect and prove the secret both ways.
+
+        Raises:
+            SmpError: Nobody answers, or the proof fails on either side.
+        """
+        record = paths.read_record()
+        channel = BlockingChannel(Path(record.socket) if record else paths.socket, timeout_s)
+        try:
+            challenge = _receive(channel, m.Challenge)
+            if challenge.protocol != m.PROTOCOL:
+                raise ProtocolError(
+                    f"the snapshot process speaks protocol {challenge.protocol}, this mnemo {m.PROTOCOL}: it belongs to another version"
+                )
+            nonce = auth.new_nonce()
+            channel.send(m.encode(m.Hello(nonce, auth.proof(secret, "client", nonce, challenge.nonce))))
+            welcome = _receive(channel, m.Welcome)
+            if not auth.verify(secret, "server", challenge.nonce, nonce, welcome.proof):
+                raise SmpError("the process that answers does not hold the run's secret: not talking to it")
+        except BaseException:
+            channel.close()
+            raise
+        return cls(channel, welcome.pid)
+
+    def ask(
+        self, request: m.Message, answer: type[R], fds: Sequence[int] = (), *, timeout_s: float = REPLY_TIMEOUT_S
+    ) -> tuple[R, list[int]]:
+        """Send a request and wait for its reply.
+
+        Returns:
+            The reply and the descriptors that came with it, which the caller owns.
+
+        Raises:
+            MnemoError: What the SMP refused the request with, as its own type.
+        """
+        with self._lock:
+            self._channel.settimeout(timeout_s)
+            self._channel.send(m.encode(request), fds)
+            data, received = self._channel.receive()
+        reply = m.decode_reply(data)
+        if isinstance(reply, m.Failure):
+            close_all(received)
+            raise _error(reply)
+        if not isinstance(reply, answer):
+            close_all(received)
+            raise ProtocolError(f"{type(reply).__name__} in answer to {type(request).__name__}")
+        return reply, received
+
+    def tell(self, request: m.Message, fds: Sequence[int] = (), *, timeout_s: float = REPLY_TIMEOUT_S) -> None:
+        """Send a request that is only acknowledged."""
+        self.ask(request, m.Done, fds, timeout_s=timeout_s)
+
+    def status(self) -> dict[str, Any]:
+        """The SMP's status as plain data."""
+        reply, _ = self.ask(m.Status(), m.StatusReply)
+        return msgspec.json.decode(reply.body)  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> SmpClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _receive(channel: BlockingChannel, kind: type[R]) -> R:
+    data, fds = channel.receive()
+    close_all(fds)
+    reply = m.decode_reply(data)
+    if isinstance(reply, m.Failure):
+        raise _error(reply)
+    if not isinstance(reply, kind):
+        raise ProtocolError(f"{type(reply).__name__} where {kind.__name__} was expected")
+    return reply
+
+
+def _error(failure: m.Failure) -> MnemoError:
+    kind = getattr(errors, failure.kind, SmpError)
+    if not (isinstance(kind, type) and issubclass(kind, MnemoError)):
+        kind = SmpError
+    return kind(failure.text)
+
+

@@ -1,0 +1,226 @@
+"""What trainer and SMP say to each other: msgpack structs, one a datagram.
+
+Every request gets exactly one reply: its own kind, or `Failure`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from mnemo.errors import ProtocolError
+
+PROTOCOL: Final = 1
+
+
+class Message(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """Base of all messages."""
+
+
+class Challenge(Message, frozen=True):
+    """The server speaks first."""
+
+    nonce: bytes
+    protocol: int = PROTOCOL
+
+
+class Hello(Message, frozen=True):
+    """The client's proof, and its own challenge."""
+
+    nonce: bytes
+    proof: bytes
+
+
+class Welcome(Message, frozen=True):
+    """The server's proof. From here on requests are served."""
+
+    proof: bytes
+    pid: int
+
+
+class Failure(Message, frozen=True):
+    """A request was refused. ``kind`` is the class name of an error in `mnemo.errors`."""
+
+    kind: str
+    text: str
+
+
+class Done(Message, frozen=True):
+    """A request without an answer of its own was carried out."""
+
+
+class PersistSettings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The persistent tier: URL, seconds between checkpoints, how many are kept."""
+
+    url: str
+    every_s: float
+    keep: int
+
+
+class Join(Message, frozen=True):
+    """A trainer takes its place. ``fit`` counts the trainings of one process, from 0."""
+
+    fit: int
+    rank: int
+    members: int
+    """Ranks on this node."""
+    pid: int
+    keep_alive_s: float
+    persist: PersistSettings | None = None
+
+
+class Joined(Message, frozen=True):
+    """Carries the board's descriptor."""
+
+    newest: Generation | None
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """A committed generation."""
+
+    tick: int
+    step: int
+
+
+class Reserve(Message, frozen=True):
+    """Are ``size`` bytes, twice, to be had? Asked before training starts."""
+
+    size: int
+    buffers: int
+
+
+class Begin(Message, frozen=True):
+    """Ask for a segment to write generation ``tick`` into. Waits until one is free."""
+
+    tick: int
+    step: int
+    size: int
+
+
+class Granted(Message, frozen=True):
+    """The segment to write. Its descriptor comes along."""
+
+    index: int
+    shard: bool
+    """False once replicas have been seen to differ: copy everything from the next one on."""
+
+
+class Seal(Message, frozen=True):
+    """Segment ``index`` is complete."""
+
+    index: int
+    tick: int
+
+
+class Sealed(Message, frozen=True):
+    """Acknowledges a seal; tells the newest generation that all members have sealed."""
+
+    committed: Generation | None
+    differ: str = ""
+    """Where replicas were found to differ: rank and tensor; empty if they agree."""
+
+
+class Drop(Message, frozen=True):
+    """Generation ``tick`` will not be completed by this rank."""
+
+    tick: int
+
+
+class Fetch(Message, frozen=True):
+    """Ask for the newest committed generation, older than tick ``below`` if that is not 0."""
+
+    below: int = 0
+
+
+class Fetched(Message, frozen=True):
+    """One read-only descriptor a member, in rank order."""
+
+    generation: Generation | None
+
+
+class Resume(Message, frozen=True):
+    """Training goes on from ``tick``: what this rank sealed later is void. -1: from nothing."""
+
+    tick: int
+
+
+class Adopt(Message, frozen=True):
+    """Segments (their descriptors come along) that outlived an earlier SMP."""
+
+    indexes: tuple[int, ...]
+
+
+class Leave(Message, frozen=True):
+    """The fit ended here; ``finished`` says that nobody will want to resume it."""
+
+    finished: bool
+
+
+class Flush(Message, frozen=True):
+    """Persist the newest committed generation now, and answer when that is done."""
+
+
+class Flushed(Message, frozen=True):
+    """Step of the newest checkpoint on storage, or -1."""
+
+    step: int
+
+
+class Status(Message, frozen=True):
+    """Ask how things are."""
+
+
+class StatusReply(Message, frozen=True):
+    """JSON: see `mnemo.smp.server.Server.status`."""
+
+    body: bytes
+
+
+class Shutdown(Message, frozen=True):
+    """Give all memory back and exit (``mnemo clean``)."""
+
+
+class Rollback(Message, frozen=True):
+    """Forget generations newer than ``step``."""
+
+    step: int
+
+
+Request = (
+    Hello | Join | Reserve | Begin | Seal | Drop | Fetch | Resume | Adopt | Leave | Flush | Status | Shutdown | Rollback
+)
+Reply = Challenge | Welcome | Failure | Done | Joined | Granted | Sealed | Fetched | Flushed | StatusReply
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(Request)
+_replies = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Message) -> bytes:
+    """Serialise a message."""
+    return _encoder.encode(message)
+
+
+def decode_request(data: bytes) -> Request:
+    """Parse what a client sent.
+
+    Raises:
+        ProtocolError: Not a request.
+    """
+    try:
+        return _requests.decode(data)  # type: ignore[no-any-return]
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a request: {error}") from error
+
+
+def decode_reply(data: bytes) -> Reply:
+    """Parse what the server sent.
+
+    Raises:
+        ProtocolError: Not a reply.
+    """
+    try:
+        return _replies.decode(data)  # type: ignore[no-any-return]
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a reply: {error}") from error

@@ -1,0 +1,126 @@
+"""Where the processes of one run meet on a node: a private directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from mnemo.errors import ConfigError, SmpError
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def default_parent() -> Path:
+    """Parent of all run directories of this user."""
+    return Path(tempfile.gettempdir()) / f"mnemo-{os.getuid()}"
+
+
+def check_run_id(run_id: str) -> str:
+    """``run_id`` itself.
+
+    Raises:
+        ConfigError: It could not be a directory's name.
+    """
+    if not run_id or _UNSAFE.search(run_id) or run_id.startswith(".") or len(run_id) > 128:
+        raise ConfigError(
+            f"run.id {run_id!r} cannot name a directory: use up to 128 letters, digits, '.', '_', '-', not starting with '.'"
+        )
+    return run_id
+
+
+class SmpRecord(msgspec.Struct, frozen=True):
+    """What a running SMP leaves in the run directory for others to find it."""
+
+    pid: int
+    socket: str
+    started: float
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run on this node."""
+
+    directory: Path
+
+    @classmethod
+    def of(cls, run_id: str, parent: str | Path = "") -> RunPaths:
+        """Paths of ``run_id`` below ``parent`` (default: `default_parent`)."""
+        base = Path(parent).absolute() if parent else default_parent()
+        return cls(base / check_run_id(run_id))
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self.directory.name
+
+    @property
+    def socket(self) -> Path:
+        """Where the SMP listens, unless the file system has no sockets."""
+        return self.directory / "smp.sock"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the SMP as long as it lives, and by whoever is about to start one."""
+        return self.directory / "smp.lock"
+
+    @property
+    def record(self) -> Path:
+        """`SmpRecord` of the running SMP, as JSON."""
+        return self.directory / "smp.json"
+
+    @property
+    def secret(self) -> Path:
+        """The run's secret, 0600."""
+        return self.directory / "secret"
+
+    @property
+    def log(self) -> Path:
+        """What the SMP has to say."""
+        return self.directory / "smp.log"
+
+    def make(self) -> None:
+        """Create the directory, 0700, and refuse one that belongs to somebody else.
+
+        Raises:
+            SmpError: Not ours, or open to others and not to be closed.
+        """
+        for directory in (self.directory.parent, self.directory):
+            try:
+                directory.mkdir(mode=0o700, parents=directory is self.directory.parent, exist_ok=True)
+                found = directory.lstat()
+            except OSError as error:
+                raise SmpError(
+                    f"the run directory {directory} cannot be made: {error.strerror}. Set run.dir to a directory on a local file system"
+                ) from error
+            if not stat.S_ISDIR(found.st_mode):
+                raise SmpError(f"the run directory {directory} is not a directory: remove it or set run.dir")
+            if directory is self.directory and found.st_uid != os.getuid():
+                raise SmpError(
+                    f"the run directory {directory} belongs to uid {found.st_uid}, not to uid {os.getuid()}: set run.dir to a directory of your own"
+                )
+        if self.directory.stat().st_mode & 0o077:
+            self.directory.chmod(0o700)
+
+    def read_record(self) -> SmpRecord | None:
+        """The running SMP's record, or None."""
+        try:
+            return msgspec.json.decode(self.record.read_bytes(), type=SmpRecord)
+        except (OSError, msgspec.MsgspecError):
+            return None
+
+    def remove(self) -> None:
+        """Delete everything, and the parent if it is the default one and now empty."""
+        for path in (self.socket, self.record, self.secret, self.log, self.lock):
+            path.unlink(missing_ok=True)
+        for directory in (self.directory, self.directory.parent):
+            if directory == self.directory or directory == default_parent():
+                try:
+                    directory.rmdir()
+                except OSError:
+                    return

@@ -1,0 +1,98 @@
+"""Mutual challenge–response on the run's secret.
+
+Both sides prove that they hold the secret by an HMAC-SHA256 over both nonces and their own role
+(ISO/IEC 9798-4, three-pass mutual authentication). The secret itself never travels, a recorded
+exchange cannot be replayed, and a proof cannot be reflected because the role is part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+from typing import Final
+
+from mnemo.errors import SmpError
+
+NONCE_BYTES: Final = 16
+SECRET_BYTES: Final = 32
+
+
+def new_nonce() -> bytes:
+    """`NONCE_BYTES` random bytes, used once."""
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def proof(secret: bytes, role: str, own_nonce: bytes, peer_nonce: bytes) -> bytes:
+    """The HMAC by which ``role`` shows that it holds ``secret``.
+
+    Args:
+        secret: The run's secret.
+        role: ``"client"`` or ``"server"``: whose proof this is.
+        own_nonce: Nonce chosen by the side that proves.
+        peer_nonce: Nonce chosen by the side that checks.
+
+    Returns:
+        32 bytes.
+    """
+    body = b"mnemo-auth-1|" + role.encode() + b"|" + own_nonce + b"|" + peer_nonce
+    return hmac.digest(secret, body, "sha256")
+
+
+def verify(secret: bytes, role: str, prover_nonce: bytes, own_nonce: bytes, given: bytes) -> bool:
+    """Whether ``given`` is the proof of ``role``; takes the same time for every wrong answer."""
+    return hmac.compare_digest(proof(secret, role, prover_nonce, own_nonce), given)
+
+
+def mac(secret: bytes, purpose: str, *parts: bytes) -> bytes:
+    """A 32-byte MAC over ``parts``, separated by ``purpose`` from every other use of the secret."""
+    h = hmac.new(secret, purpose.encode(), hashlib.sha256)
+    for part in parts:
+        h.update(len(part).to_bytes(8, "little"))
+        h.update(part)
+    return h.digest()
+
+
+def load_or_create_secret(path: Path) -> bytes:
+    """The run's secret: from ``MNEMO_SECRET_FILE``, else from ``path``, made 0600 if absent.
+
+    Raises:
+        SmpError: The file is readable by others, or too short to be a secret.
+    """
+    given = os.environ.get("MNEMO_SECRET_FILE")
+    source = Path(given) if given else path
+    if not given:
+        _create_secret(path)
+    try:
+        mode = source.stat().st_mode
+        content = source.read_bytes()
+    except OSError as error:
+        raise SmpError(f"the secret file {source} cannot be read: {error.strerror}") from error
+    if mode & 0o077:
+        raise SmpError(f"the secret file {source} is open to others (mode {mode & 0o777:o}): chmod 600 it")
+    if len(content) < NONCE_BYTES:
+        raise SmpError(
+            f"the secret file {source} holds {len(content)} bytes; at least {NONCE_BYTES} are needed: "
+            f"head -c {SECRET_BYTES} /dev/urandom > {source}"
+        )
+    return content
+
+
+def _create_secret(path: Path) -> None:
+    """Publish a new secret at ``path`` unless one is there; never visible half written."""
+    if path.exists():
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(fd, secrets.token_bytes(SECRET_BYTES))
+    finally:
+        os.close(fd)
+    try:
+        path.hardlink_to(draft)  # atomic, and fails where somebody else was first
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()

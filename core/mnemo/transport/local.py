@@ -1,0 +1,194 @@
+"""Unix sockets between the processes of one node.
+
+``SOCK_SEQPACKET`` keeps message boundaries, so a frame is one datagram: there is no partial read,
+and no length field to forge. File descriptors travel beside a message by ``SCM_RIGHTS``.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from mnemo.errors import ProtocolError, SmpError
+
+MAX_MESSAGE: Final = 64 * 1024
+"""Largest control message, bytes. State never travels here: it lies in shared memory."""
+MAX_FDS: Final = 64
+_UCRED = struct.Struct("3i")
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """User id of the process at the other end, from the kernel (``SO_PEERCRED``)."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _pid, uid, _gid = _UCRED.unpack(raw)
+    return int(uid)
+
+
+def _short_path(path: Path) -> tuple[str, int | None]:
+    """A name for ``path`` within the 107 bytes that a socket address holds.
+
+    A longer one is reached through the directory's descriptor. The caller closes it.
+    """
+    if len(os.fsencode(path)) <= 107:
+        return str(path), None
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    return f"/proc/self/fd/{directory}/{path.name}", directory
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket at ``path``, non-blocking.
+
+    Raises:
+        OSError: The directory's file system has no unix sockets, or the path is taken.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    name, directory = _short_path(path)
+    try:
+        sock.bind(name)
+        sock.listen(128)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        if directory is not None:
+            os.close(directory)
+    return sock
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    fds = array.array("i")
+    data, ancillary, flags, _ = sock.recvmsg(
+        MAX_MESSAGE, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        close_all(fds)
+        raise ProtocolError(f"a control message is longer than {MAX_MESSAGE} bytes or carries over {MAX_FDS} descriptors")
+    return data, list(fds)
+
+
+def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+    if len(data) > MAX_MESSAGE or len(fds) > MAX_FDS:
+        raise ProtocolError(f"a control message of {len(data)} bytes with {len(fds)} descriptors is too large")
+    if fds:
+        socket.send_fds(sock, [data], fds, socket.MSG_NOSIGNAL)
+    else:
+        sock.send(data, socket.MSG_NOSIGNAL)
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close descriptors that arrived with a message nobody wants."""
+    for fd in fds:
+        os.close(fd)
+
+
+class BlockingChannel:
+    """The trainer's end. One thread at a time may use it."""
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        """Connect to the socket at ``path``.
+
+        Raises:
+            SmpError: Nobody listens there.
+        """
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self._sock.settimeout(timeout_s)
+        directory: int | None = None
+        try:
+            name, directory = _short_path(path)
+            self._sock.connect(name)
+        except OSError as error:
+            self._sock.close()
+            raise SmpError(f"no snapshot process answers at {path}: {error.strerror}") from error
+        finally:
+            if directory is not None:
+                os.close(directory)
+
+    def settimeout(self, seconds: float) -> None:
+        """How long `receive` waits."""
+        self._sock.settimeout(seconds)
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one message with descriptors, which stay open here."""
+        try:
+            _send(self._sock, data, fds)
+        except OSError as error:
+            raise SmpError(f"the snapshot process went away: {error.strerror}") from error
+
+    def receive(self) -> tuple[bytes, list[int]]:
+        """The next message and its descriptors, which the caller owns from here on."""
+        try:
+            data, fds = _receive(self._sock)
+        except TimeoutError as error:
+            raise SmpError(f"the snapshot process did not answer within {self._sock.gettimeout()} s") from error
+        except OSError as error:
+            raise SmpError(f"the snapshot process went away: {error.strerror}") from error
+        if not data:
+            close_all(fds)
+            raise SmpError("the snapshot process closed the connection")
+        return data, fds
+
+    def close(self) -> None:
+        """Close the connection; harmless a second time."""
+        self._sock.close()
+
+
+class AsyncChannel:
+    """The server's end, for asyncio."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def uid(self) -> int:
+        """User id of the peer."""
+        return peer_uid(self._sock)
+
+    async def _ready(self, *, writing: bool) -> None:
+        done: asyncio.Future[None] = self._loop.create_future()
+        fd = self._sock.fileno()
+        if fd < 0:
+            raise ConnectionResetError("closed")
+        add, remove = (
+            (self._loop.add_writer, self._loop.remove_writer)
+            if writing
+            else (self._loop.add_reader, self._loop.remove_reader)
+        )
+        add(fd, lambda: done.done() or done.set_result(None))
+        try:
+            await done
+        finally:
+            remove(fd)
+
+    async def receive(self) -> tuple[bytes, list[int]]:
+        """The next message; empty bytes when the peer has closed."""
+        while True:
+            try:
+                return _receive(self._sock)
+            except BlockingIOError:
+                await self._ready(writing=False)
+
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one message, waiting while the peer's queue is full."""
+        while True:
+            try:
+                _send(self._sock, data, fds)
+            except BlockingIOError:
+                await self._ready(writing=True)
+            else:
+                return
+
+    def close(self) -> None:
+        """Close the connection; harmless a second time."""
+        self._sock.close()
