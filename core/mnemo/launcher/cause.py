@@ -1,0 +1,78 @@
+"""Why a rank died, as far as the kernel and its exit code say."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b.*")
+
+
+class OomWatch:
+    """Notices that the kernel killed a process of this control group for want of memory.
+
+    Args:
+        groups: The agent's own groups, as in ``/proc/self/cgroup``.
+        root: Where the control groups are mounted.
+    """
+
+    def __init__(
+        self, groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+    ) -> None:
+        self._counter = next((path for path in _counters(groups, root) if _kills(path)), None)
+        self._seen = self._count()
+
+    def struck(self) -> bool:
+        """Whether it has happened since the last call."""
+        before, self._seen = self._seen, self._count()
+        return self._seen > before
+
+    def _count(self) -> int:
+        found = _kills(self._counter) if self._counter else None
+        return int(found[1]) if found else 0
+
+
+def _counters(groups: Path, root: Path) -> Iterator[Path]:
+    """Files that may count kills: version 2, then 1; within a container the group is the root."""
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return
+    for line in sorted(lines):
+        _, controllers, path = line.split(":", 2)
+        for group in (path.lstrip("/"), ""):
+            if not controllers:
+                yield root / group / "memory.events"
+            elif "memory" in controllers.split(","):
+                yield root / "memory" / group / "memory.oom_control"
+
+
+def _kills(path: Path) -> re.Match[str] | None:
+    try:
+        return re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+
+
+def describe(code: int, *, out_of_memory: bool, last_line: str) -> str:
+    """Words for the end of a rank.
+
+    Args:
+        code: Exit code; negative for a signal.
+        out_of_memory: What `OomWatch` says.
+        last_line: The last line that it printed: often names the exception.
+    """
+    if code < 0:
+        if code == -signal.SIGKILL and out_of_memory:
+            return "killed (out of host memory)"
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"killed by signal {-code}"
+    said = f" ({last_line.strip()[:200]})" if _ERROR_LINE.match(last_line) else ""
+    return f"exited with code {code}{said}"

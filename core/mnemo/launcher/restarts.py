@@ -1,0 +1,134 @@
+"""What the agent decides: whether a life has ended, and whether there is another."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mnemo.clock import Clock
+
+CRASH_LOOP: Final = 3
+"""So many deaths in a row at one batch are no accident."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in the training a run is: the batch that it works on.
+
+    Attributes:
+        epoch: Pass over the data, from 0.
+        batch: Batch within the epoch, from 0.
+        step: Optimizer steps done.
+    """
+
+    epoch: int
+    batch: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, batch {self.batch}, step {self.step}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The job is over, with this exit code."""
+
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A rank has failed; the others are worth nothing without it.
+
+    Attributes:
+        rank: The rank to blame.
+        code: Its exit code; negative for a signal.
+        early: It exited with 0 while others went on.
+        left_before: Ranks that had exited with 0 before it.
+    """
+
+    rank: int
+    code: int
+    early: bool = False
+    left_before: tuple[int, ...] = ()
+
+
+def judge(
+    exits: Mapping[int, int], *, ranks: int, stopped_by: int | None, overdue: bool
+) -> Ended | Failed | None:
+    """What the exits so far mean for the job.
+
+    Args:
+        exits: Exit code by rank, in the order noticed; negative for a signal.
+        ranks: Number of ranks that were started.
+        stopped_by: The signal that the job was asked to end with, if any.
+        overdue: The grace period for those that still run is over.
+
+    Returns:
+        None as long as the rest is to be waited for.
+    """
+    wait = len(exits) < ranks and not overdue
+    spoken = set(exits.values()) & {EXIT_STATE_SAVED, EXIT_STATE_LOST}
+    if spoken or stopped_by is not None:
+        if wait:
+            return None
+        return Ended(max(spoken)) if spoken else Ended(128 + (stopped_by or 0))
+    dead = [rank for rank, code in exits.items() if code != EXIT_OK]
+    if dead:
+        # Of several noticed at once, a signal hit the cause; the others lost their peer.
+        rank = next((rank for rank in dead if exits[rank] < 0), dead[0])
+        order = list(exits)
+        left = tuple(r for r in order[: order.index(rank)] if exits[r] == EXIT_OK)
+        return Failed(rank, exits[rank], left_before=left)
+    if wait or not exits:
+        return None
+    if len(exits) < ranks:
+        return Failed(next(iter(exits)), EXIT_OK, early=True)
+    return Ended(EXIT_OK)
+
+
+class RestartPolicy:
+    """Counts failures: at most so many within a window, and no crash loop.
+
+    Args:
+        max_restarts: Restarts allowed within the window.
+        window_s: Its length in seconds.
+        clock: Asked for the time of each failure.
+    """
+
+    def __init__(self, max_restarts: int, window_s: float, clock: Clock) -> None:
+        self._max = max_restarts
+        self._window_s = window_s
+        self._clock = clock
+        self._failures: deque[float] = deque()
+        self._position: Position | None = None
+        self._here = 0
+
+    @property
+    def recent(self) -> int:
+        """Failures within the window that ended with the last one."""
+        return len(self._failures)
+
+    def after_failure(
+        self, position: Position | None
+    ) -> Literal["restart", "exhausted", "crash loop"]:
+        """Take note of a failure and decide what follows.
+
+        Args:
+            position: Where the run was, if that is known.
+        """
+        now = self._clock.monotonic()
+        self._failures.append(now)
+        while now - self._failures[0] > self._window_s:
+            self._failures.popleft()
+        self._here = self._here + 1 if position == self._position else 1
+        self._position = position
+        if position is not None and self._here >= CRASH_LOOP:
+            return "crash loop"
+        return "restart" if self.recent <= self._max else "exhausted"

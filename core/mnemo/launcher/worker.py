@@ -1,0 +1,213 @@
+"""One rank: its environment, its process, its output."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import threading
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from mnemo.errors import LaunchError
+from mnemo.launcher.output import RankLog, RankStream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from mnemo.launcher.options import LaunchOptions
+    from mnemo.launcher.output import Terminal
+
+_PR_SET_PDEATHSIG: Final = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def rank_environ(
+    options: LaunchOptions, base: Mapping[str, str], *, rank: int, restarts: int, port: int
+) -> dict[str, str]:
+    """The environment of one rank: torchrun's variables, and mnemo's.
+
+    TORCHELASTIC_USE_AGENT_STORE is left out: rank 0 hosts the store, since the agent does not
+    import torch.
+
+    Args:
+        options: The launch.
+        base: The agent's environment.
+        rank: Global rank, on one node the local rank too.
+        restarts: How often this launch has restarted the ranks.
+        port: MASTER_PORT.
+    """
+    environ = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        **({"OMP_NUM_THREADS": "1"} if options.ranks > 1 else {}),
+        **base,
+        **options.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "ROLE_RANK": str(rank),
+        "ROLE_NAME": options.role,
+        "WORLD_SIZE": str(options.ranks),
+        "LOCAL_WORLD_SIZE": str(options.ranks),
+        "GROUP_WORLD_SIZE": "1",
+        "ROLE_WORLD_SIZE": str(options.ranks),
+        "MASTER_ADDR": options.master_addr,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RESTART_COUNT": str(restarts),
+        "TORCHELASTIC_MAX_RESTARTS": str(options.max_restarts),
+        "TORCHELASTIC_RUN_ID": options.torch_run_id or options.run_id,
+        "MNEMO_RUN_ID": options.run_id,
+        "MNEMO_AGENT": "1",
+    }
+    environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    return environ
+
+
+def watch_exit(pid: int, callback: Callable[[], None]) -> Callable[[], None]:
+    """Call back, in the running event loop, once a child has ended. It is not reaped.
+
+    Returns:
+        What takes the watch back; to be called once, at the latest after the callback.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        fd = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # a kernel before 5.3, or a sandbox without it
+        thread = threading.Thread(target=_wait, args=(pid, loop, callback), daemon=True)
+        thread.start()
+        return thread.join
+
+    def ended() -> None:
+        loop.remove_reader(fd)
+        callback()
+
+    def unwatch() -> None:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+    loop.add_reader(fd, ended)
+    return unwatch
+
+
+def _wait(pid: int, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    with suppress(ChildProcessError):  # killed and reaped already
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        loop.call_soon_threadsafe(callback)
+
+
+class Worker:
+    """A running rank.
+
+    Args:
+        rank: Global rank.
+        options: The launch.
+        environ: See `rank_environ`.
+        log_dir: Where its file goes, ``rank-<rank>.log``.
+        terminal: Where its output goes.
+        on_exit: Called with the worker and its exit code (negative for a signal) once it has
+            ended by itself; not after `kill`.
+
+    Raises:
+        LaunchError: The program cannot be started.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        options: LaunchOptions,
+        *,
+        environ: Mapping[str, str],
+        log_dir: Path,
+        terminal: Terminal,
+        on_exit: Callable[[Worker, int], None],
+    ) -> None:
+        self.rank = rank
+        self._on_exit = on_exit
+        pipes = {"stdout": os.pipe(), "stderr": os.pipe()}
+        error_file = {"TORCHELASTIC_ERROR_FILE": str(log_dir / f"rank-{rank}.error.json")}
+        try:
+            self._process = subprocess.Popen(
+                options.command,
+                env={**environ, **error_file},
+                stdin=subprocess.DEVNULL,
+                stdout=pipes["stdout"][1],
+                stderr=pipes["stderr"][1],
+                start_new_session=True,
+                # The agent has one thread, so that running code between fork and exec is safe.
+                preexec_fn=partial(_die_with, os.getpid()),  # noqa: PLW1509
+            )
+        except OSError as error:
+            for read_end, _ in pipes.values():
+                os.close(read_end)
+            msg = f"cannot start {options.command[0]}: {error.strerror or error}"
+            raise LaunchError(msg) from error
+        finally:
+            for _, write_end in pipes.values():
+                os.close(write_end)
+        self.log = RankLog(log_dir / f"rank-{rank}.log", terminal)
+        self._streams = [
+            RankStream(
+                read_end,
+                stream,
+                log=self.log,
+                terminal=None if (rank, stream) in options.hidden else terminal,
+                rank=None if options.ranks == 1 else rank,
+            )
+            for stream, (read_end, _) in pipes.items()
+        ]
+        self._unwatch = watch_exit(self.pid, self._ended)
+
+    @property
+    def pid(self) -> int:
+        """Its process and process group."""
+        return self._process.pid
+
+    def send(self, number: int) -> None:
+        """Send a signal to the rank alone: its loader workers are its own business."""
+        self._process.send_signal(number)
+
+    def _ended(self) -> None:
+        if self._process.returncode is not None:
+            return
+        status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        if status and (status.si_code, status.si_status) != (os.CLD_EXITED, 0):
+            # It failed: what it started goes with it. Not reaped yet, its number is still its own.
+            self._kill_group()
+        self._on_exit(self, self._process.wait())
+
+    def kill(self) -> None:
+        """Kill its whole process group, unless it has ended by itself."""
+        if self._process.returncode is None:
+            self._kill_group()
+            self._process.wait()
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Take the last of its output, after it has ended."""
+        self._unwatch()
+        for stream in self._streams:
+            stream.close()
+        self.log.close()
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when the agent dies: nothing is orphaned."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)
