@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.text import Text
 
 from mnemo.config import ResolvedConfig, load_config, settings
-from mnemo.errors import ConfigError
 
 app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 
@@ -36,11 +35,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print every setting with its value and where the value came from."""
-    try:
-        resolved = load_config(config, overrides=overrides or ())
-    except ConfigError as error:
-        typer.echo(f"mnemo: {error}", err=True)
-        raise typer.Exit(2) from error
+    resolved = load_config(config, overrides=overrides or ())
     if as_json:
         typer.echo(json.dumps(_described(resolved), indent=2))
     else:

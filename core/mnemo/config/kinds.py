@@ -85,9 +85,8 @@ def _name(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    # An escaped interpolation would be resolved after all where the value is used once more.
-    if not text.isprintable() or "${" in text:
-        raise ValueError(f"{text!r} has control characters or a literal ${{")
+    if not text.isprintable():
+        raise ValueError(f"{text!r} has control characters")
     return text
 
 

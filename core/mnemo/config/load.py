@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, get_type_hints
 
 from mnemo.config.kinds import without_password
 from mnemo.config.schema import (
@@ -177,12 +177,15 @@ def _parse(given: Mapping[str, Given], texts: Mapping[str, str]) -> dict[str, An
 
 
 def _build(values: Mapping[str, Any]) -> MnemoConfig:
-    """Fill the schema; OmegaConf checks the types once more."""
-    from omegaconf import OmegaConf
-
-    tree: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        section, name = key.split(".")
-        tree.setdefault(section, {})[name] = value
-    merged = OmegaConf.merge(OmegaConf.structured(MnemoConfig), tree)
-    return cast("MnemoConfig", OmegaConf.to_object(merged))
+    """Fill the schema."""
+    sections = {
+        name: section_type(
+            **{
+                key.partition(".")[2]: value
+                for key, value in values.items()
+                if key.startswith(f"{name}.")
+            }
+        )
+        for name, section_type in get_type_hints(MnemoConfig).items()
+    }
+    return MnemoConfig(**sections)

@@ -50,7 +50,6 @@ def read_file(path: str) -> dict[str, Given]:
     """
     given: dict[str, Given] = {}
     for section, entries in read_sections(path):
-        check_section(section.key, f"in {path}, line {section.line}")
         for name, value, line in entries:
             key = f"{section.key}.{name}"
             place = f"in {path}, line {line}"
@@ -86,13 +85,13 @@ def read_overrides(overrides: Iterable[str]) -> dict[str, Given]:
     place = "on the command line"
     for word in overrides:
         key, equals, text = word.partition("=")
-        if not equals:
+        if not (key and equals):
             raise ConfigError(
                 f"{word!r} is not an override ({place}). Write section.key=value, such as "
                 "snapshot.every=10."
             )
-        check_key(key.strip(), place)
-        given[key.strip()] = Given(_unless_null(text), "command line", place)
+        check_key(key, place)
+        given[key] = Given(_unless_null(text), "command line", place)
     return given
 
 
@@ -127,9 +126,9 @@ def overrides_to_environ(overrides: Iterable[str]) -> dict[str, str]:
     """
     given = read_overrides(overrides)
     for key, other in (EXCLUSIVE, EXCLUSIVE[::-1]):
-        if key in given and other not in given:
+        if key in given and given[key].text is not None:
             # A variable that the other process inherits must not contradict the override.
-            given[other] = Given(None, "command line", "on the command line")
+            given.setdefault(other, Given(None, "command line", "on the command line"))
     return {
         f"MNEMO_{key.replace('.', '__').upper()}": _NULL if value.text is None else value.text
         for key, value in given.items()

@@ -20,10 +20,10 @@ _TIME_ALIASES: Final = {
 }
 _TIME_PART: Final = re.compile(rf"\s*({_NUMBER})\s*([a-z]+)\s*")
 
-_BYTES: Final[dict[str, int]] = {"B": 1} | {
-    f"{prefix}{suffix}": base ** (power + 1)
-    for suffix, base in (("iB", 1024), ("B", 1000))
-    for power, prefix in enumerate("KMGTP")
+_BYTES: Final[dict[str, int]] = {
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGTP", start=1)},
+    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGTP", start=1)},
 }
 _SIZE: Final = re.compile(rf"\s*({_NUMBER})\s*([a-z]*)\s*", re.IGNORECASE)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import yaml  # type: ignore[import-untyped]
 
+from mnemo.config.keys import check_section
 from mnemo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,13 +35,15 @@ def read_sections(path: str) -> Iterator[tuple[Entry, list[Entry]]]:
     """Read the sections of a file with their entries, in order.
 
     Raises:
-        ConfigError: The file cannot be read, is no YAML, or has no mapping of mappings with
-            unrepeated keys.
+        ConfigError: The file cannot be read, is no YAML, or has no mapping of known sections
+            with unrepeated keys.
     """
     root = _compose(path)
     for section, node in _entries(root, path, "the file"):
-        null = section.value is None
-        yield section, [] if null else [entry for entry, _ in _entries(node, path, section.key)]
+        # Before what is in it: a setting outside its section deserves the better advice.
+        check_section(section.key, f"in {path}, line {section.line}")
+        entries = () if section.value is None else _entries(node, path, section.key)
+        yield section, [entry for entry, _ in entries]
 
 
 def _compose(path: str) -> yaml.Node:
