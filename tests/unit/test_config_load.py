@@ -346,7 +346,7 @@ def test_nothing_in_a_file_is_constructed() -> None:
         *[("run.id", text) for text in ("../up", "a/b", "a b", "-x", ".x", "é", "x" * 65, "a\n")],
         *[("run.name", text) for text in ("a/b", "gpt 7b")],
         *[("run.journal", text) for text in ("", " ", "a\0b")],
-        *[("run.dir", text) for text in ("a\nb",)],
+        *[("run.dir", text) for text in ("a\nb", "~no-such-user/x")],
         *[("persist.to", text) for text in ("s3://a\nb",)],
     ],
 )

@@ -91,7 +91,10 @@ def _plain(text: str) -> str:
 
 
 def _path(text: str) -> str:
-    return str(Path(_plain(text)).expanduser()) if text else ""
+    try:
+        return str(Path(_plain(text)).expanduser()) if text else ""
+    except RuntimeError as error:
+        raise ValueError(f"{text!r} names an unknown user") from error
 
 
 def _named_path(text: str) -> str:
