@@ -158,8 +158,7 @@ def checked_meta(meta: Mapping[str, JsonScalar]) -> dict[str, JsonScalar]:
     """Returns a copy of ``meta``.
 
     Raises:
-        ValueError: It would not come back from JSON as it is: a nested value, NaN, infinity, an
-            integer of more than 64 bits.
+        ValueError: It would not come back from JSON as it is: a nested value, NaN, infinity.
     """
     copy = dict(meta)
     try:

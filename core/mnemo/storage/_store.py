@@ -379,8 +379,10 @@ def _abandon(file: Any) -> None:
     """Closes a file without completing the upload that it may stand for."""
     try:
         if isinstance(file, AbstractBufferedFile):
-            file.discard()
-            file.closed = True  # else the garbage collector would complete the upload after all
+            try:
+                file.discard()
+            finally:
+                file.closed = True  # else the garbage collector would complete the upload
         else:
             file.close()
     except Exception as err:  # noqa: BLE001  (the error that led here is the one to tell)
