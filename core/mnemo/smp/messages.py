@@ -102,6 +102,8 @@ class Granted(Message, frozen=True):
     """The segment to write. Its descriptor comes along."""
 
     index: int
+    live: tuple[int, ...]
+    """All segments that this rank has; it lets go of others."""
     shard: bool
     """False once replicas have been seen to differ: copy everything from the next one on."""
 

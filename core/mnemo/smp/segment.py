@@ -160,7 +160,15 @@ def read_meta(fd: int, header: Header) -> Meta:
     Raises:
         IntegrityError: The meta fails its checksum or cannot be decoded.
     """
-    raw = os.pread(fd, header.meta_size, header.meta_offset)
+    return decode_meta(os.pread(fd, header.meta_size, header.meta_offset), header)
+
+
+def decode_meta(raw: bytes, header: Header) -> Meta:
+    """The meta in ``raw``, checked against the ``header`` that vouches for it.
+
+    Raises:
+        IntegrityError: As `read_meta`.
+    """
     if len(raw) != header.meta_size or xxhash.xxh3_64_intdigest(raw) != header.meta_digest:
         raise IntegrityError(f"the description of snapshot step {header.step} fails its checksum")
     try:

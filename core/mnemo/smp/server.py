@@ -27,7 +27,7 @@ from mnemo.smp.board import Board
 from mnemo.smp.memory import memory_limit
 from mnemo.smp.paths import RunPaths
 from mnemo.smp.persist import Persister
-from mnemo.smp.shelf import Shelf
+from mnemo.smp.shelf import RankShelf, Shelf, Slot
 from mnemo.transport import auth, local
 from mnemo.types import GenerationState
 
@@ -323,7 +323,8 @@ class Server:
                     raise
                 fit.fds[rank, index] = fd
             shelf.write(rank, index, request.tick, request.step)
-        return m.Granted(index, shard=not fit.differ), [fit.fds[rank, index]]
+        live = tuple(shelf.rank(rank).slots)
+        return m.Granted(index, live, shard=not fit.differ), [fit.fds[rank, index]]
 
     def _allocate(self, fit: Fit, rank: int, size: int) -> int:
         limit = memory_limit()
@@ -377,6 +378,8 @@ class Server:
             raise ProtocolError(f"{len(fds)} descriptors for {len(request.indexes)} segments")
         for index, fd in zip(request.indexes, fds, strict=True):
             key = (client.rank, index)
+            shelf = fit.shelf.rank(client.rank)
+            shelf.next_index = max(shelf.next_index, index + 1)
             if key in fit.fds:
                 continue
             try:
@@ -384,8 +387,6 @@ class Server:
             except IntegrityError as error:
                 log.warning("segment %d of rank %d is not taken over: %s", index, client.rank, error)
                 continue
-            shelf = fit.shelf.rank(client.rank)
-            shelf.next_index = max(shelf.next_index, index + 1)
             fit.fds[key] = os.dup(fd)
             shelf.slots[index] = _slot_of(header)
         await self._notify(fit)
@@ -553,15 +554,13 @@ def page_own(meta: segment.Meta) -> int:
     return -(-meta.own_size // segment.CHUNK) * segment.CHUNK
 
 
-def _slot_of(header: segment.Header) -> Any:
-    from mnemo.smp.shelf import Slot
-
+def _slot_of(header: segment.Header) -> Slot:
     if header.state is GenerationState.SEALED:
         return Slot(header.bulk_size, GenerationState.SEALED, header.tick, header.step)
     return Slot(header.bulk_size)
 
 
-def _rank_of(fit: Fit, wanted: Any) -> int:
+def _rank_of(fit: Fit, wanted: RankShelf) -> int:
     return next(rank for rank, shelf in fit.shelf.ranks.items() if shelf is wanted)
 
 

@@ -1,0 +1,123 @@
+"""A trainer's standing connection to its SMP: joins, and after a crash of the SMP joins another.
+
+The trainer keeps the descriptors of its segments, so a new SMP is handed them back and no committed
+generation is lost with the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from mnemo.errors import IdentityError, SmpError
+from mnemo.smp import lifecycle
+from mnemo.smp import messages as m
+from mnemo.smp.board import Board
+from mnemo.smp.client import REPLY_TIMEOUT_S, SmpClient
+from mnemo.smp.memory import rank_above
+from mnemo.smp.paths import RunPaths
+from mnemo.transport.local import MAX_FDS, close_all
+
+log = logging.getLogger("mnemo")
+R = TypeVar("R", bound=m.Message)
+
+
+class Link:
+    """One rank's place at the SMP."""
+
+    def __init__(self, paths: RunPaths, join: m.Join, on_loss: Callable[[str], None] | None = None) -> None:
+        """Start or find the SMP and join it.
+
+        Args:
+            paths: The run's files.
+            join: Who this is.
+            on_loss: Told, in words, whenever the SMP was found dead and replaced.
+
+        Raises:
+            SmpError: No SMP to be had.
+            IdentityError: The place is taken, or the launch has another shape.
+        """
+        self.paths = paths
+        self._join = join
+        self._on_loss = on_loss
+        self._segments: dict[int, int] = {}
+        self.board: Board
+        self.newest: m.Generation | None = None
+        self._client = self._connect()
+
+    def _connect(self) -> SmpClient:
+        client = lifecycle.ensure(self.paths)
+        try:
+            joined, fds = client.ask(self._join, m.Joined)
+            self.board = Board(fds[0])
+            self.newest = joined.newest
+            held = sorted(self._segments.items())
+            for i in range(0, len(held), MAX_FDS):
+                part = held[i : i + MAX_FDS]
+                client.tell(m.Adopt(tuple(k for k, _ in part)), [fd for _, fd in part])
+        except BaseException:
+            client.close()
+            raise
+        rank_above(client.pid)
+        return client
+
+    @property
+    def smp_pid(self) -> int:
+        """Process id of the SMP at the other end."""
+        return self._client.pid
+
+    def ask(
+        self, request: m.Message, answer: type[R], fds: Sequence[int] = (), *, timeout_s: float = REPLY_TIMEOUT_S
+    ) -> tuple[R, list[int]]:
+        """As `SmpClient.ask`. A dead SMP is replaced, and the request fails all the same.
+
+        Raises:
+            SmpError: The SMP died or did not answer; the next request goes to its successor.
+        """
+        try:
+            return self._client.ask(request, answer, fds, timeout_s=timeout_s)
+        except SmpError as error:
+            if not isinstance(error.__cause__, OSError) and "closed the connection" not in str(error):
+                raise  # it lives, and said no
+            self._replace(str(error))
+            raise
+
+    def _replace(self, why: str) -> None:
+        self._client.close()
+        old = self.board
+        try:
+            self._client = self._connect()
+        except (SmpError, IdentityError) as error:
+            log.warning("the snapshot process died (%s) and could not be replaced: %s", why, error)
+            return
+        old.close()
+        if self._on_loss is not None:
+            self._on_loss(f"the snapshot process died ({why}); process {self._client.pid} took its place")
+
+    def hold(self, index: int, fd: int) -> None:
+        """Keep segment ``index``'s descriptor for a later SMP; this object owns it from here on."""
+        old = self._segments.pop(index, None)
+        if old is not None:
+            os.close(old)
+        self._segments[index] = fd
+
+    def forget(self, keep: set[int]) -> None:
+        """Let go of segments other than those in ``keep``."""
+        for index in [i for i in self._segments if i not in keep]:
+            os.close(self._segments.pop(index))
+
+    def close(self) -> None:
+        """Hang up. What the SMP holds it goes on holding."""
+        self._client.close()
+        self.board.close()
+        close_all(list(self._segments.values()))
+        self._segments.clear()
+
+    def leave(self, *, finished: bool) -> None:
+        """End this fit and hang up; ``finished`` gives its memory back once all ranks say so."""
+        with contextlib.suppress(SmpError):
+            self._client.tell(m.Leave(finished))
+        self.close()

@@ -1,0 +1,425 @@
+"""Takes snapshots in the background of the step that follows.
+
+Parameters and optimizer state change only in the optimizer's update, so what `SnapshotEngine.capture`
+lists after one update may be copied until the next. `before_update` is called right before that and
+waits for the copy; the time it waits is the *stall*. That nothing was written meanwhile is checked
+by each tensor's ``_version``, and where asked by hashing the source again: a tensor that was written
+voids the snapshot and is copied at once from then on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from mnemo import faults
+from mnemo.errors import MnemoError, SnapshotError
+from mnemo.smp import messages as m
+from mnemo.smp import segment
+from mnemo.smp.link import Link
+from mnemo.smp.segment import CHUNK, PAGE
+from mnemo.snapshot import copier, tree
+from mnemo.snapshot.layout import SMALL, Bytes, Layout, Share, byte_view, is_dense, make_layout
+from mnemo.transport import auth
+
+log = logging.getLogger("mnemo")
+
+GRANT_LIMIT_S: Final = 1.0
+"""How long an update waits for a buffer to become free before that snapshot is given up."""
+_MADV_POPULATE_WRITE: Final = 23
+_FIRST_VERIFIED: Final = 3
+_VERIFY_EVERY: Final = 64
+_WITNESS_ROUNDS: Final = 64
+
+
+@dataclass
+class Counters:
+    """What happened so far. Seconds are of the training thread unless said otherwise."""
+
+    captured: int = 0
+    sealed: int = 0
+    dropped: int = 0
+    torn: int = 0
+    suspect: int = 0
+    failed: int = 0
+    stall_s: float = 0.0
+    capture_s: float = 0.0
+    copy_s: float = 0.0
+    """Seconds of the copy thread in the newest copy."""
+
+
+@dataclass
+class _Plan:
+    """A layout with views of the tensors it was made for."""
+
+    signature: list[tuple[Any, ...]]
+    layout: Layout
+    own: list[int]
+    shared: list[int]
+    numbers: list[str]
+    pointers: list[int]
+    sources: list[Bytes | torch.Tensor]
+    stage: Bytes
+    chunks: list[list[copier.Piece]] | None = None
+    witnessed: int = 0
+
+
+@dataclass
+class _Job:
+    """One snapshot on its way."""
+
+    tick: int
+    step: int
+    plan: _Plan
+    small: bytes
+    position: dict[str, int]
+    tensors: list[torch.Tensor]
+    versions: list[int]
+    verify: bool
+    granted: threading.Event = field(default_factory=threading.Event)
+    copied: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    cancelled: bool = False
+
+
+class _CancelledError(SnapshotError):
+    """The training went on without this snapshot."""
+
+
+class SnapshotEngine:
+    """Snapshots of one rank. `capture` and `before_update` are called by the training thread."""
+
+    def __init__(
+        self,
+        link: Link,
+        share: Share,
+        *,
+        rank: int,
+        secret: bytes,
+        identity: dict[str, str],
+        drop_on_overrun: bool = False,
+        verify: bool = False,
+        on_event: Callable[[str, str], None] | None = None,
+    ) -> None:
+        """Start the copy thread.
+
+        Args:
+            link: Connection to the SMP.
+            share: Which part of the replicated state this rank copies.
+            rank: This rank.
+            secret: The run's secret, for the MAC of the small state.
+            identity: Fingerprints stored with every generation.
+            drop_on_overrun: Give a snapshot up rather than let an update wait for it.
+            verify: Hash every source again after its copy.
+            on_event: Told of degradations, as ``(kind, words)``.
+        """
+        self._link = link
+        self._share = share
+        self._rank = rank
+        self._secret = secret
+        self._identity = identity
+        self._drop_on_overrun = drop_on_overrun
+        self._verify = verify
+        self._on_event = on_event or (lambda kind, words: log.warning("%s: %s", kind, words))
+        self._plan: _Plan | None = None
+        self._at_once: set[str] = set()
+        self._maps: dict[int, Bytes] = {}
+        self._inodes: dict[int, int] = {}
+        self._job: _Job | None = None
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.counters = Counters()
+        self.committed: m.Generation | None = None
+        """Newest generation that all ranks have sealed, as far as this rank was told."""
+        self._thread = threading.Thread(target=self._work, name="mnemo-copy", daemon=True)
+        self._thread.start()
+
+    # --- the training thread ------------------------------------------------------------------
+
+    def capture(
+        self,
+        tick: int,
+        step: int,
+        state: object,
+        position: dict[str, int],
+        *,
+        volatile: Collection[int] = (),
+        watch: tuple[str, ...] = (),
+    ) -> None:
+        """Take generation ``tick`` of ``state``, of which the large tensors are copied later.
+
+        Args:
+            tick: Number of the generation, the same on all ranks, growing.
+            step: Optimizer steps done.
+            state: Nested dicts, lists, tuples; tensors by reference.
+            position: Where the run is, for people and for counting lost steps.
+            volatile: ``data_ptr`` of tensors that may change before the next update (buffers).
+            watch: Path prefixes of tensors that must be finite; else the snapshot is suspect.
+        """
+        begun = time.perf_counter()
+        self.before_update()
+        skeleton, tensors = tree.take_apart(state)
+        plan = self._plan_for(tensors, volatile, watch)
+        for i in plan.own:
+            entry = plan.layout.entries[i]
+            target = plan.stage[entry.offset : entry.offset + entry.nbytes]
+            source = plan.sources[i]
+            if isinstance(source, torch.Tensor):
+                torch.from_numpy(target).copy_(source)
+            else:
+                np.copyto(target, source)
+        shared = [tensors[i][1] for i in plan.shared]
+        count = self.counters.captured
+        self._job = _Job(
+            tick, step, plan, tree.pack(skeleton), position, shared, [t._version for t in shared],
+            verify=self._verify or count < _FIRST_VERIFIED or count % _VERIFY_EVERY == 0,
+        )
+        self.counters.captured += 1
+        self._jobs.put(self._job)
+        self.counters.capture_s += time.perf_counter() - begun
+
+    def before_update(self) -> float:
+        """Wait until the tensors may change; the seconds waited."""
+        job = self._job
+        if job is None or job.copied.is_set():
+            return 0.0
+        begun = time.perf_counter()
+        if self._drop_on_overrun or not job.granted.wait(GRANT_LIMIT_S):
+            job.cancelled = True
+        job.copied.wait()
+        waited = time.perf_counter() - begun
+        self.counters.stall_s += waited
+        return waited
+
+    def finish(self, timeout_s: float) -> bool:
+        """Wait until the newest snapshot is sealed or given up; False if it takes too long."""
+        self.before_update()
+        return self._job is None or self._job.done.wait(timeout_s)
+
+    def discard(self) -> None:
+        """The newest snapshot turned out to be suspect: it must not count if it still can be kept back."""
+        job = self._job
+        if job is not None and not job.done.is_set():
+            job.cancelled = True
+
+    def close(self) -> None:
+        """End the copy thread. The link stays open."""
+        self._jobs.put(None)
+        self._thread.join()
+        self._plan = self._job = None
+        self._drop_maps(set())
+
+    # --- what is where ------------------------------------------------------------------------
+
+    def _plan_for(
+        self, tensors: list[tuple[str, torch.Tensor]], volatile: Collection[int], watch: tuple[str, ...]
+    ) -> _Plan:
+        """The plan of the same tensors as last time, or a new one."""
+        pointers = [t.data_ptr() for _, t in tensors]
+        signature = [(name, t.dtype, t.shape, t.stride(), t.device) for name, t in tensors]
+        own = [
+            p in volatile or t.numel() * t.element_size() <= SMALL or name in self._at_once or not is_dense(t)
+            for (name, t), p in zip(tensors, pointers, strict=True)
+        ]
+        plan = self._plan
+        if plan is None or plan.signature != signature or plan.own != [i for i, o in enumerate(own) if o]:
+            tensors = [(name, t if is_dense(t) else t.contiguous()) for name, t in tensors]
+            layout = make_layout(tensors, own)
+            plan = self._plan = _Plan(
+                signature, layout, [i for i, o in enumerate(own) if o], [i for i, o in enumerate(own) if not o],
+                [_number(name, t, watch) for name, t in tensors], [], [], np.zeros(layout.own_padded, dtype=np.uint8),
+            )
+        if plan.pointers != pointers:
+            old = dict(zip(plan.pointers, plan.sources, strict=True))
+            shared_moved = [plan.pointers[i] for i in plan.shared] != [pointers[i] for i in plan.shared] if plan.pointers else True
+            plan.sources = [
+                old[p] if p in old and len(old[p]) == e.nbytes and is_dense(t) else _view(t)
+                for p, (_, t), e in zip(pointers, tensors, plan.layout.entries, strict=True)
+            ]
+            plan.pointers = pointers
+            if shared_moved:
+                plan.chunks = None
+        return plan
+
+    # --- the copy thread ----------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._take(job)
+            except _CancelledError:
+                self.counters.dropped += 1
+                self._tell_dropped(job)
+            except MnemoError as error:
+                self.counters.failed += 1
+                job.copied.set()
+                self._on_event("snapshot failed", f"step {job.step}: {error}")
+                self._tell_dropped(job)
+            except Exception as error:  # noqa: BLE001 - whatever it is must not reach the training
+                self.counters.failed += 1
+                job.copied.set()
+                log.exception("snapshot of step %d failed", job.step)
+                self._on_event("snapshot failed", f"step {job.step}: {type(error).__name__}: {error}")
+            finally:
+                job.tensors = []
+                job.granted.set()
+                job.copied.set()
+                job.done.set()
+
+    def _take(self, job: _Job) -> None:
+        layout = job.plan.layout
+        start, stop = self._share.bounds(layout.shared_size)
+        size = layout.own_padded + stop - start
+        granted, fds = self._link.ask(m.Begin(job.tick, job.step, size), m.Granted)
+        bulk = self._map(granted, fds[0], size)
+        job.granted.set()
+        if not granted.shard and self._share.replicas > 1:
+            self._share = Share(0, 1)
+            raise SnapshotError("replicas differ: from now on every rank keeps a whole copy")
+        fd = fds[0]
+        begun = time.perf_counter()
+        segment.begin(fd, job.tick, job.step, size)
+        own, _ = copier.copy_chunks(bulk, self._unless_cancelled(job, _stage_chunks(job.plan.stage)))
+        if job.plan.chunks is None:
+            base = layout.own_padded
+            job.plan.chunks = copier.pieces_of(layout, job.plan.sources, base, layout.total, job.plan.numbers)
+        chunks = job.plan.chunks[start // CHUNK : -(-stop // CHUNK)]
+        faults.reach("mid_copy", step=job.step)
+        shared, finite = copier.copy_chunks(bulk[layout.own_padded :], self._unless_cancelled(job, chunks))
+        witness = self._witness(job.plan, start // CHUNK, -(-stop // CHUNK))
+        self._check_untouched(job, chunks, shared)
+        self.counters.copy_s = time.perf_counter() - begun
+        job.copied.set()
+        if not finite:
+            self.counters.suspect += 1
+            self._on_event("suspect", f"step {job.step} has non-finite parameters: the snapshot before it is kept")
+            raise _CancelledError("non-finite parameters")
+        faults.reach("seal", step=job.step)
+        self._seal(job, granted.index, fd, size, (start, stop), own + shared, witness)
+
+    def _seal(
+        self, job: _Job, index: int, fd: int, size: int, share: tuple[int, int], digests: bytes, witness: dict[int, int]
+    ) -> None:
+        layout = job.plan.layout
+        if job.cancelled:
+            raise _CancelledError("given up before it was sealed")
+        meta = segment.Meta(
+            rank=self._rank, members=self._share.replicas, tensors=layout.entries, own_size=layout.own_size,
+            shared_start=share[0], shared_stop=share[1], total=layout.total, digests=digests, small=job.small,
+            small_mac=auth.mac(self._secret, "small", job.small), identity=self._identity, position=job.position,
+            witness=witness,
+        )
+        segment.seal(fd, job.tick, job.step, size, meta)
+        sealed, _ = self._link.ask(m.Seal(index, job.tick), m.Sealed)
+        self.counters.sealed += 1
+        self.committed = sealed.committed or self.committed
+        if sealed.differ and self._share.replicas > 1:
+            self._share = Share(0, 1)
+            self._on_event("replicas differ", f"{sealed.differ}: from now on every rank keeps a whole copy")
+
+    def _map(self, granted: m.Granted, fd: int, size: int) -> Bytes:
+        """The bulk of the granted segment, mapped once and kept; ``fd`` is this object's now."""
+        inode = os.fstat(fd).st_ino
+        self._drop_maps({i for i in granted.live if i != granted.index or self._inodes.get(i) == inode})
+        self._link.hold(granted.index, fd)
+        view = self._maps.get(granted.index)
+        if view is None:
+            mapped = mmap.mmap(fd, PAGE + segment.page_up(size))
+            view = self._maps[granted.index] = np.frombuffer(mapped, dtype=np.uint8, count=size, offset=PAGE)
+            self._inodes[granted.index] = inode
+            _populate(view)
+        return view
+
+    def _drop_maps(self, keep: set[int]) -> None:
+        """Unmap segments that are no more, so that their memory is given back."""
+        for index in [i for i in self._maps if i not in keep]:
+            del self._maps[index], self._inodes[index]
+        self._link.forget(set(self._maps))
+
+    @staticmethod
+    def _unless_cancelled(job: _Job, chunks: list[list[copier.Piece]]) -> Iterator[list[copier.Piece]]:
+        for chunk in chunks:
+            if job.cancelled:
+                raise _CancelledError("the update did not wait")
+            yield chunk
+
+    def _witness(self, plan: _Plan, first: int, stop: int) -> dict[int, int]:
+        """Digests of chunks that other replicas copy: of all at first, then of a few in turn."""
+        if self._share.replicas == 1 or plan.chunks is None:
+            return {}
+        others = [i for i in range(len(plan.chunks)) if not first <= i < stop]
+        chosen = others if plan.witnessed == 0 else others[plan.witnessed % _WITNESS_ROUNDS :: _WITNESS_ROUNDS]
+        plan.witnessed += 1
+        return {i: copier.hash_chunk(plan.chunks[i]) for i in chosen}
+
+    def _check_untouched(self, job: _Job, chunks: list[list[copier.Piece]], digests: bytes) -> None:
+        """Nothing was written while it was being copied, or the snapshot is void."""
+        names = [job.plan.signature[i][0] for i in job.plan.shared]
+        touched = [n for n, t, v in zip(names, job.tensors, job.versions, strict=True) if t._version != v]
+        if job.verify and not touched:
+            for i, chunk in enumerate(chunks):
+                if copier.hash_chunk(chunk).to_bytes(8, "little") != digests[8 * i : 8 * i + 8]:
+                    touched += _tensors_of(job.plan, chunk, names)
+        if touched:
+            self._at_once.update(touched)
+            self.counters.torn += 1
+            more = f" and {len(touched) - 1} more" if len(touched) > 1 else ""
+            raise SnapshotError(
+                f"{touched[0]}{more} was written while it was being copied, between two updates; "
+                "it is copied at once from now on, which stalls the step"
+            )
+
+    def _tell_dropped(self, job: _Job) -> None:
+        try:
+            self._link.ask(m.Drop(job.tick), m.Done)
+        except MnemoError as error:
+            log.debug("generation %d could not be given up: %s", job.tick, error)
+
+
+def _stage_chunks(stage: Bytes) -> list[list[copier.Piece]]:
+    return [
+        [copier.Piece(0, min(CHUNK, len(stage) - i), stage[i : i + CHUNK])] for i in range(0, len(stage), CHUNK)
+    ]
+
+
+def _view(tensor: torch.Tensor) -> Bytes | torch.Tensor:
+    if not is_dense(tensor):
+        tensor = tensor.contiguous()
+    view = byte_view(tensor)
+    return view if view.is_cuda else view.numpy()
+
+
+def _number(name: str, tensor: torch.Tensor, watch: tuple[str, ...]) -> str:
+    checked = {torch.float32: "float32", torch.float64: "float64"}
+    return checked.get(tensor.dtype, "") if watch and name.startswith(watch) else ""
+
+
+def _tensors_of(plan: _Plan, chunk: list[copier.Piece], names: list[str]) -> list[str]:
+    """Names of the tensors whose memory ``chunk`` was copied from."""
+    found = []
+    for piece in chunk:
+        for name, i in zip(names, plan.shared, strict=True):
+            source = plan.sources[i]
+            if isinstance(source, np.ndarray) and isinstance(piece.source, np.ndarray) and np.may_share_memory(piece.source, source):
+                found.append(name)
+    return found
+
+
+def _populate(view: Bytes) -> None:
+    """Fault the pages in before the first copy does so one by one; only speed is at stake.
+
+    Through ctypes because `mmap.mmap.madvise` would hold the GIL for as long as it takes.
+    """
+    start = view.ctypes.data - view.ctypes.data % PAGE
+    length = view.ctypes.data + view.nbytes - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
