@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.name not in known:
         close = get_close_matches(args.name or "", known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(known) or 'none'}"
-        parser.error(f"{args.name} is not a benchmark; {hint}" if args.name else f"a name; {hint}")
+        parser.error(f"{args.name!r} is not a benchmark; {hint}" if args.name else hint)
     if args.json and not args.json.resolve().parent.is_dir():
         parser.error(f"--json {args.json}: there is no directory {args.json.resolve().parent}")
 

@@ -89,19 +89,20 @@ class Demo:
         environ = declared.environ() if declared else {}
         process = self.launch(name, environ, log)
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn())
-        struck = declared is None
+        struck: Fired | None = None
         try:
             with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
                 task = progress.add_task(f"{title}: importing torch", total=self.steps)
                 while process.poll() is None:
                     time.sleep(0.1)
-                    steps = _read_lines(lines)
-                    if steps:
-                        newest = int(str(steps[-1]["step"]))
-                        progress.update(task, completed=newest, description=f"{title}: training")
                     if declared and not struck and (fired := declared.fired()):
-                        struck = True
-                        self.tell_crash(fired[0])
+                        struck = fired[0]
+                        self.tell_crash(struck)
+                    if steps := _read_lines(lines):
+                        waiting = struck and float(str(steps[-1]["time"])) < struck.time
+                        doing = "starting again" if waiting else "training"
+                        newest = int(str(steps[-1]["step"]))
+                        progress.update(task, completed=newest, description=f"{title}: {doing}")
                 progress.update(task, completed=self.steps, description=f"{title}: done")
         finally:
             if process.poll() is None:
@@ -150,14 +151,14 @@ def summary(calm: Outcome, struck: Outcome, fired: Fired) -> Table:
     table.add_column("")
     table.add_column("undisturbed", justify="right")
     table.add_column("killed", justify="right")
-    table.add_row("crash", "", f"rank {fired.rank}, step {fired.step}, in mid-copy")
-    table.add_row("noticed after", "", f"{detected * 1000:.0f} ms")
+    table.add_row("crash", "", f"rank {fired.rank}, step {fired.step}")
+    table.add_row("detected after", "", f"{detected * 1000:.0f} ms")
     table.add_row("state restored in", "", f"{float(str(recovery['seconds'])):.2f} s")
-    table.add_row("crash to next step, with imports", "", f"{again:.1f} s")
-    table.add_row("steps lost (computed again)", "", str(struck.repeated))
+    table.add_row("crash to next step", "", f"{again:.1f} s")
+    table.add_row("steps lost, computed again", "", str(struck.repeated))
     table.add_row("steps", str(len(calm.losses)), str(len(struck.losses)))
     table.add_row("final loss", f"{calm.losses[-1]:.6f}", f"{struck.losses[-1]:.6f}")
-    table.add_row("steps with the very same loss", "", f"{same} of {len(calm.losses)}")
+    table.add_row("steps with the same loss", "", f"{same} of {len(calm.losses)}")
     table.add_row("hash of all parameters", calm.sha256[:16], struck.sha256[:16])
     table.add_row("", "", equal)
     return table

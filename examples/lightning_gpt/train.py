@@ -29,11 +29,6 @@ class LossLog(L.Callback):
     def __init__(self, directory: Path) -> None:
         self.path = directory / "steps.jsonl"
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Begin a new file, unless the run goes on."""
-        if trainer.is_global_zero and trainer.global_step == 0:
-            self.path.unlink(missing_ok=True)
-
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: object, *_: object
     ) -> None:
@@ -42,7 +37,7 @@ class LossLog(L.Callback):
         loss: Tensor = outputs["loss"]
         if trainer.is_global_zero:
             line = {"step": trainer.global_step, "loss": loss.item(), "time": time.time()}
-            with self.path.open("a") as file:
+            with self.path.open("w" if trainer.global_step == 1 else "a") as file:
                 file.write(json.dumps(line) + "\n")
             if trainer.global_step % 10 == 0:
                 print(f"step {trainer.global_step:5d}  loss {loss.item():.4f}", flush=True)

@@ -130,8 +130,8 @@ def test_the_real_benchmarks_have_a_purpose() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["sample_bnch"], "sample_bnch is not a benchmark; did you mean sample_bench?"),
-        (["qqq"], "qqq is not a benchmark; there are: sample_bench"),
+        (["sample_bnch"], "'sample_bnch' is not a benchmark; did you mean sample_bench?"),
+        (["qqq"], "'qqq' is not a benchmark; there are: sample_bench"),
         ([], "there are: sample_bench"),
         (["sample_bench", "--json", "/nowhere/x.json"], "there is no directory /nowhere"),
     ],
