@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 _RECORD: Final = 64
-_SCHEDULE: Final = struct.Struct("<q")
+_SCHEDULE: Final = struct.Struct("<qq")
 _POSITION: Final = struct.Struct("<qqqqd")
 
 
@@ -46,12 +46,16 @@ class Board:
         return board
 
     def schedule(self, tick: int) -> None:
-        """Leader: the next generation is taken at ``tick``."""
-        _SCHEDULE.pack_into(self._map, 0, tick)
+        """Leader: the next generation is taken at ``tick``.
 
-    def scheduled(self) -> int:
-        """The tick at which every rank takes its next generation; -1 before the first."""
-        return int(_SCHEDULE.unpack_from(self._map, 0)[0])
+        The one before stays readable: a rank may be one step behind the leader.
+        """
+        before = _SCHEDULE.unpack_from(self._map, 0)[1]
+        _SCHEDULE.pack_into(self._map, 0, before, tick)
+
+    def is_scheduled(self, tick: int) -> bool:
+        """Whether a generation is due at ``tick``."""
+        return tick in _SCHEDULE.unpack_from(self._map, 0)
 
     def report(self, slot: int, position: Position) -> None:
         """Leave a rank's position; ``slot`` counts the ranks of this node from 0."""

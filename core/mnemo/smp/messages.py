@@ -65,7 +65,6 @@ class Join(Message, frozen=True):
     rank: int
     members: int
     """Ranks on this node."""
-    pid: int
     keep_alive_s: float
     persist: PersistSettings | None = None
 

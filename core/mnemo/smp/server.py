@@ -70,7 +70,6 @@ class Connection:
     """One client, after it has proved itself."""
 
     channel: local.AsyncChannel
-    pid: int = 0
     rank: int = -1
     fit: Fit | None = None
 
@@ -269,7 +268,7 @@ class Server:
         holder = fit.connected.get(request.rank)
         if holder is not None and holder is not client:
             raise RunInUseError(
-                f"run {self.paths.run_id} is in use: its rank {request.rank} is process {holder.pid}, which is alive. "
+                f"run {self.paths.run_id} is in use: its rank {request.rank} is process {holder.channel.pid}, which is alive. "
                 "Give this job another run.id, or end the other one"
             )
         if request.members != fit.shelf.members:
@@ -277,7 +276,7 @@ class Server:
                 f"run {self.paths.run_id} has {fit.shelf.members} ranks on this node, this launch has {request.members}. "
                 "Start it with as many as before, or with run.resume=never to begin anew"
             )
-        client.fit, client.rank, client.pid = fit, request.rank, request.pid
+        client.fit, client.rank = fit, request.rank
         fit.connected[request.rank] = client
         fit.finished.discard(request.rank)
         self._keep_alive_s = request.keep_alive_s
@@ -506,7 +505,7 @@ class Server:
             "fit": fit.number,
             "finished": fit.is_finished,
             "members": fit.shelf.members,
-            "connected": {rank: c.pid for rank, c in fit.connected.items()},
+            "connected": {rank: c.channel.pid for rank, c in fit.connected.items()},
             "committed": None if committed is None else {"tick": committed[0], "step": committed[1]},
             "differ": fit.differ,
             "memory": sum(s.size for r in fit.shelf.ranks.values() for s in r.slots.values()),

@@ -206,12 +206,6 @@ class SnapshotEngine:
         self.before_update()
         return self._job is None or self._job.done.wait(timeout_s)
 
-    def discard(self) -> None:
-        """The newest snapshot turned out to be suspect: it must not count if it still can be kept back."""
-        job = self._job
-        if job is not None and not job.done.is_set():
-            job.cancelled = True
-
     def close(self) -> None:
         """End the copy thread. The link stays open."""
         self._jobs.put(None)

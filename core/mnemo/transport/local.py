@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -23,11 +24,11 @@ MAX_FDS: Final = 64
 _UCRED = struct.Struct("3i")
 
 
-def peer_uid(sock: socket.socket) -> int:
-    """User id of the process at the other end, from the kernel (``SO_PEERCRED``)."""
+def peer(sock: socket.socket) -> tuple[int, int]:
+    """Process id and user id at the other end, from the kernel (``SO_PEERCRED``)."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    _pid, uid, _gid = _UCRED.unpack(raw)
-    return int(uid)
+    pid, uid, _gid = _UCRED.unpack(raw)
+    return int(pid), int(uid)
 
 
 def _short_path(path: Path) -> tuple[str, int | None]:
@@ -149,11 +150,32 @@ class AsyncChannel:
         sock.setblocking(False)
         self._sock = sock
         self._loop = asyncio.get_running_loop()
+        self.pid, self.uid = peer(sock)
+        """Process and user at the other end."""
+        self._pidfd = self._watch()
 
-    @property
-    def uid(self) -> int:
-        """User id of the peer."""
-        return peer_uid(self._sock)
+    def _watch(self) -> int:
+        """Hang up when the peer's process ends, though a child of it may hold the socket open.
+
+        Loader workers are forked with all sockets of their trainer and outlive its SIGKILL.
+        """
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            return -1  # of another pid namespace: there the socket alone has to tell
+        self._loop.add_reader(pidfd, self._hang_up)
+        return pidfd
+
+    def _hang_up(self) -> None:
+        self._unwatch()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _unwatch(self) -> None:
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     async def _ready(self, *, writing: bool) -> None:
         done: asyncio.Future[None] = self._loop.create_future()
@@ -191,4 +213,5 @@ class AsyncChannel:
 
     def close(self) -> None:
         """Close the connection; harmless a second time."""
+        self._unwatch()
         self._sock.close()

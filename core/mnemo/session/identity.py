@@ -1,0 +1,137 @@
+"""Which run this is, and whether a snapshot fits it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnemo.config import ResolvedConfig
+from mnemo.errors import ModelChangedError
+from mnemo.smp.segment import TensorEntry
+
+_SOURCES = ("MNEMO_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+_UNSET = ("", "none")
+"""torchrun without ``--rdzv-id`` says ``none``: an id that every such job has is no identity."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """A run's id, and whether another launch of the same job would have it too."""
+
+    run_id: str
+    stable: bool
+    source: str
+
+
+def resolve_identity(config: ResolvedConfig, environ: Mapping[str, str] | None = None) -> RunIdentity:
+    """The run's id: explicit, else from the environment, else new for this launch.
+
+    Ranks of one launch must agree: broadcast rank 0's.
+    """
+    env = os.environ if environ is None else environ
+    if config.run.id:
+        return RunIdentity(config.run.id, stable=True, source="run.id")
+    for name in _SOURCES:
+        value = env.get(name, "")
+        if value.lower() not in _UNSET:
+            clean = re.sub(r"[^A-Za-z0-9._-]+", "-", value).lstrip(".-")[:128]
+            return RunIdentity(clean or secrets.token_hex(4), stable=bool(clean), source=name)
+    prefix = config.run.name or "run"
+    return RunIdentity(f"{prefix}-{secrets.token_hex(3)}", stable=False, source="this launch")
+
+
+def fingerprint(text: str) -> str:
+    """Sixteen hexadecimal digits that stand for ``text``."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def script_fingerprint() -> str:
+    """Of the program that is running: its file's content, or its name where it has none."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    try:
+        return fingerprint(Path(main).read_text(errors="replace")) if main else fingerprint(sys.argv[0])
+    except OSError:
+        return fingerprint(str(main))
+
+
+def optimizer_fingerprint(optimizers: Iterable[torch.optim.Optimizer]) -> str:
+    """Of the optimizers' classes and the number of tensors in each of their groups."""
+    described = [(type(o).__qualname__, [len(g["params"]) for g in o.param_groups]) for o in optimizers]
+    return fingerprint(repr(described))
+
+
+def data_fingerprint(loaders: Iterable[Any]) -> str:
+    """Of the datasets' classes and lengths, and the batch sizes."""
+    described = []
+    for loader in loaders:
+        dataset = getattr(loader, "dataset", loader)
+        dataset = getattr(dataset, "wrapped_dataset", dataset)
+        try:
+            length = len(dataset)
+        except (TypeError, NotImplementedError):
+            length = -1
+        described.append((type(dataset).__qualname__, length, getattr(loader, "batch_size", None)))
+    return fingerprint(repr(described))
+
+
+def describe_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Names of the fingerprints (other than the model's) that are not what they were."""
+    return sorted(k for k in now if k in then and then[k] != now[k])
+
+
+def require_same_model(
+    entries: Iterable[TensorEntry], current: Mapping[str, torch.Tensor], prefix: str, run_id: str, step: int
+) -> None:
+    """Compare a snapshot's model tensors with the model that is to be resumed.
+
+    Args:
+        entries: The snapshot's tensors.
+        current: The model's tensors by name, without ``prefix``.
+        prefix: What model tensors' names start with in the snapshot.
+        run_id: For the message.
+        step: For the message.
+
+    Raises:
+        ModelChangedError: Names, shapes or types differ; lists which.
+    """
+    then = {
+        e.name.removeprefix(prefix): (e.dtype, tuple(e.shape)) for e in entries if e.name.startswith(prefix)
+    }
+    now = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in current.items()}
+    aliases = _aliases(current)
+    differ = [
+        f"{name}: {_words(then.get(name))} in the snapshot, {_words(now.get(name))} in the model"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name) and not (name in aliases and name not in then)
+    ]
+    if differ:
+        shown = "; ".join(differ[:8]) + (f"; and {len(differ) - 8} more" if len(differ) > 8 else "")
+        raise ModelChangedError(
+            f"the snapshot of step {step} of run {run_id} was taken of another model: {shown}. Nothing was overwritten. "
+            "Use another run.id for this model, or run.resume=never to give the old state up"
+        )
+
+
+def _aliases(current: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of tensors that share memory with one listed before (tied weights)."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    found = set()
+    for name, tensor in current.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if key in seen:
+            found.add(name)
+        seen.add(key)
+    return found
+
+
+def _words(described: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if described is None else f"{described[0]}{list(described[1])}"

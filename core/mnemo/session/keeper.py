@@ -1,0 +1,354 @@
+"""One rank's protection: opens the SMP, restores, takes snapshots at step boundaries, ends well.
+
+The adapters and `mnemo.session.Session` stand on this. They say what the state is and when a step
+is done; everything else is decided here. Called by the training thread only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnemo import faults
+from mnemo.config import Overrun, ResolvedConfig, Resume
+from mnemo.errors import MnemoError, NothingToResumeError, SmpError
+from mnemo.recovery.journal import Journal, journal_path
+from mnemo.session import report
+from mnemo.session.identity import RunIdentity, describe_changes, require_same_model
+from mnemo.session.sources import Candidate, MemorySource, StorageSource, newest_common
+from mnemo.smp import messages as m
+from mnemo.smp.board import Position
+from mnemo.smp.link import Link
+from mnemo.smp.memory import survival_domain
+from mnemo.smp.paths import RunPaths
+from mnemo.smp.persist import store_id
+from mnemo.snapshot.engine import SnapshotEngine
+from mnemo.snapshot.frequency import Cadence
+from mnemo.snapshot.layout import Share
+from mnemo.snapshot.rng import capture_rng
+from mnemo.transport import auth
+
+log = logging.getLogger("mnemo")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the ranks."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    members: int = 1
+    """Ranks on this node."""
+    replicas: bool = False
+    """Whether all members hold the same parameters and optimizer state."""
+    agree: Callable[[int], tuple[int, int]] = field(default=lambda value: (value, value))
+    """Collective: smallest and largest of the ranks' values."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a rank goes on from."""
+
+    state: Any
+    rng: dict[str, Any]
+    tick: int
+    step: int
+    origin: str
+    """``memory`` or ``storage``."""
+
+
+class Keeper:
+    """See the module. Its life: `restore`, then `boundary` and `before_update`, then `close`."""
+
+    def __init__(self, config: ResolvedConfig, identity: RunIdentity, place: Place, fit: int = 0) -> None:
+        """Open or find the SMP.
+
+        Args:
+            config: The effective configuration.
+            identity: Which run this is; the same on all ranks.
+            place: Where this process stands.
+            fit: How many trainings this process has begun before.
+
+        Raises:
+            SmpError: No SMP can be had.
+            RunInUseError: Another live job has this identity.
+        """
+        self.config = config
+        self.identity = identity
+        self.place = place
+        self.fit = fit
+        self.paths = RunPaths.of(identity.run_id, config.run.dir)
+        self.journal = Journal(journal_path(config.run.journal, identity.run_id))
+        persist = None
+        if config.persist.to:
+            url = config.persist.to if "://" in config.persist.to else str(Path(config.persist.to).absolute())
+            persist = m.PersistSettings(url, config.persist.every, config.persist.keep)
+        self._persist = persist
+        join = m.Join(fit, place.rank, place.members, config.snapshot.keep_alive, persist)
+        self._link = Link(self.paths, join, on_loss=lambda words: self._event("smp replaced", words))
+        faults.identify(rank=place.rank, smp_pid=self._link.smp_pid)
+        self._secret = auth.load_or_create_secret(self.paths.secret)
+        self._cadence = Cadence(config.snapshot.every, config.snapshot.overhead)
+        self._engine: SnapshotEngine | None = None
+        self._last_boundary: float | None = None
+        self._captured_last = False
+        self._reached = max((p["step"] for p in self._link.board.positions()), default=0)
+        """Newest step that any rank had done when an earlier life ended."""
+        self._opened = time.time()
+
+    # --- beginning ----------------------------------------------------------------------------
+
+    def restore(
+        self, model: Mapping[str, torch.Tensor], prefix: str, fingerprints: dict[str, str]
+    ) -> Restored | None:
+        """The newest state that every rank can read back whole, or None to start fresh. Collective.
+
+        Args:
+            model: The model's tensors by name, to be compared with the snapshot's.
+            prefix: What their names start with in the captured state.
+            fingerprints: Of everything else that should not change; differences are reported.
+
+        Raises:
+            ModelChangedError: The snapshot belongs to another model.
+            NothingToResumeError: Resuming is required and there is nothing.
+        """
+        self._start_engine(fingerprints)
+        wanted = self.config.run.resume
+        found = None if wanted is Resume.never else self._find(model, "state." + prefix)
+        if found is None:
+            if wanted is Resume.required:
+                self.close(finished=False)
+                raise NothingToResumeError(
+                    f"run.resume is 'required', but run {self.identity.run_id} has no snapshot in memory"
+                    + (f" and no checkpoint in {self._persist.url}" if self._persist else " and persist.to is not set")
+                    + ". Start with run.resume=auto to begin anew"
+                )
+            self._link.ask(m.Resume(-1), m.Done)
+            self._lead(0)
+            return None
+        self._link.ask(m.Resume(found.tick if found.origin == "memory" else -1), m.Done)
+        self._lead(found.tick // 2)
+        changes = describe_changes(found.identity, fingerprints)
+        if changes and self.place.rank == 0:
+            report.say(f"resuming although these changed since the snapshot: {', '.join(changes)}")
+            self.journal.write("changed", run=self.identity.run_id, what=changes)
+        return Restored(found.state["state"], found.state["rng"], found.tick, found.step, found.origin)
+
+    def _find(self, model: Mapping[str, torch.Tensor], prefix: str) -> Candidate | None:
+        memory = MemorySource(self._link, self.place.rank, self._secret)
+        found = newest_common(memory, self.place.agree)
+        if self._persist is not None:
+            storage = StorageSource(
+                self._persist, store_id(self.identity.run_id, self.fit), self.place.rank, self.place.members
+            )
+            stored = newest_common(storage, self.place.agree, newer_than=found.tick if found else -1)
+            found = stored or found
+        if found is not None:
+            require_same_model(found.entries, model, prefix, self.identity.run_id, found.step)
+        return found
+
+    def announce(self, restored: Restored | None, *, exact: bool = True, note: str = "") -> None:
+        """The line that every start prints, and the journal's record of it. Rank 0 only."""
+        if self.place.rank != 0:
+            return
+        run = self.identity.run_id
+        fields: dict[str, Any] = {"run": run, "fit": self.fit, "world_size": self.place.world_size}
+        if restored is None:
+            why = "a new id at each launch" if not self.identity.stable else "no earlier snapshot"
+            if self.config.run.resume is Resume.never:
+                why = "run.resume is never"
+            report.say(f"run {run} · fresh ({why}) · {self.place.world_size} ranks · {self._frequency()}")
+            self.journal.write("start", resumed=False, why=why, **fields)
+            return
+        lost = max(0, self._reached - restored.step)
+        failure = self._last_failure()
+        took = time.time() - (failure["time"] if failure else self._opened)
+        exactness = "exact" if exact else "not exact"
+        cause = failure.get("cause", "the last life ended") if failure else "an earlier life ended"
+        extra = f" ({note})" if note else ""
+        report.say(
+            f"run {run} · {cause} → resumed from {restored.origin} at step {restored.step}, "
+            f"{report.steps(lost)} lost, {report.seconds(took)}, {exactness}{extra}"
+        )
+        record = {"origin": restored.origin, "step": restored.step, "steps_lost": lost, "seconds": took, "exact": exact}
+        self.journal.write("start", resumed=True, note=note, **record, **fields)
+        self.journal.write("recovery", cause=cause, rung="snapshot" if restored.origin == "memory" else "checkpoint", **record, **fields)
+
+    def _last_failure(self) -> dict[str, Any] | None:
+        """The newest failure in the journal that no start has followed."""
+        from mnemo.recovery.journal import read
+
+        with contextlib.suppress(MnemoError, OSError):
+            for record in reversed(read(self.journal.path)):
+                if record.get("event") == "failure":
+                    return record
+                if record.get("event") in ("start", "recovery", "end"):
+                    return None
+        return None
+
+    def _frequency(self) -> str:
+        every = self.config.snapshot.every
+        if every is not None:
+            return f"a snapshot every {report.steps(every)}"
+        return f"snapshots within {self.config.snapshot.overhead:.1%} of step time"
+
+    def _start_engine(self, fingerprints: dict[str, str]) -> None:
+        place = self.place
+        shard = place.replicas and self.config.snapshot.shard_replicas and place.members > 1
+        share = Share(place.local_rank, place.members) if shard else Share(0, 1)
+        self._engine = SnapshotEngine(
+            self._link, share, rank=place.rank, secret=self._secret, identity=fingerprints,
+            drop_on_overrun=self.config.snapshot.overrun is Overrun.drop,
+            verify=self.config.snapshot.verify, on_event=self._event,
+        )
+        self._share = share
+
+    def reserve(self, size: int) -> None:
+        """Make sure, before training, that the buffers for ``size`` bytes of state will fit.
+
+        Raises:
+            HostMemoryError: They will not; the message has the numbers.
+        """
+        self._link.ask(m.Reserve(size // self._share.replicas, 3 if self._persist else 2), m.Done)
+        if self.place.rank == 0:
+            domain = [what for what, survives in survival_domain().items() if survives]
+            total = 2 * size // self._share.replicas * self.place.members
+            report.say(f"{report.gib(total)} of host memory for snapshots on this node · they outlive: {', '.join(domain)}")
+
+    def _lead(self, boundary: int) -> None:
+        if self.place.local_rank == 0:
+            self._link.board.schedule(boundary + 1)
+
+    # --- training -----------------------------------------------------------------------------
+
+    def boundary(
+        self,
+        position: Position,
+        state: Callable[[], object],
+        *,
+        volatile: Callable[[], Collection[int]] = tuple,
+        watch: tuple[str, ...] = (),
+        clean: bool = True,
+    ) -> None:
+        """An optimizer step and all that belongs to it is done: take a snapshot if one is due.
+
+        Args:
+            position: Where the run is. Its tick is even at a step's end, odd after what follows
+                it (validation); ``tick // 2`` counts the boundaries.
+            state: Gives the state, by reference; only called when a snapshot is taken.
+            volatile: Gives the ``data_ptr`` of tensors that change before the next update.
+            watch: Path prefixes of tensors that must be finite.
+            clean: False if this step's loss was not finite: the snapshot would be worthless.
+        """
+        now = time.perf_counter()
+        board = self._link.board
+        board.report(self.place.local_rank, position)
+        number, after = divmod(position.tick, 2)
+        if not after:
+            if self._last_boundary is not None and self.place.local_rank == 0:
+                self._cadence.observe(now - self._last_boundary, beside=self._captured_last)
+            self._last_boundary = now
+            self._captured_last = False
+        if not self._is_due(number):
+            return
+        if not clean:
+            self._skip_suspect(position)
+        else:
+            assert self._engine is not None
+            with self._never_fatal(position.step):
+                self._engine.capture(
+                    position.tick, position.step, {"rng": capture_rng(), "state": state()},
+                    {"step": position.step, "epoch": position.epoch, "batch": position.batch},
+                    volatile=volatile(), watch=tuple("state." + w for w in watch),
+                )
+            self._captured_last = not after
+        if self.place.local_rank == 0 and not after:
+            board.schedule(number + self._cadence.interval(self._engine.counters.copy_s if self._engine else 0.0))
+
+    def _is_due(self, number: int) -> bool:
+        every = self.config.snapshot.every
+        if every is not None:
+            return number % every == 0
+        return self._link.board.is_scheduled(number)
+
+    def _skip_suspect(self, position: Position) -> None:
+        if self._engine is not None:
+            self._engine.counters.suspect += 1
+        self._event("suspect", f"step {position.step} has a non-finite loss: the snapshot before it is kept")
+        with contextlib.suppress(SmpError):
+            self._link.ask(m.Drop(position.tick), m.Done)
+
+    @contextlib.contextmanager
+    def _never_fatal(self, step: int) -> Any:
+        """A snapshot that fails is an event, not an error of the training."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - a user's state_dict may raise anything
+            log.exception("the snapshot of step %d could not be taken", step)
+            self._event("snapshot failed", f"step {step}: {type(error).__name__}: {error}")
+
+    def before_update(self) -> float:
+        """Parameters are about to change: wait for the copy that is under way. Seconds waited."""
+        return self._engine.before_update() if self._engine is not None else 0.0
+
+    def pause(self) -> None:
+        """Something that is not a training step runs now: it does not count as step time."""
+        self._last_boundary = None
+
+    @property
+    def counters(self) -> Any:
+        """`mnemo.snapshot.engine.Counters` of this rank."""
+        assert self._engine is not None
+        return self._engine.counters
+
+    @property
+    def committed_step(self) -> int | None:
+        """Newest step known to be sealed by all ranks of this node."""
+        known = self._engine.committed if self._engine is not None else None
+        return known.step if known is not None else None
+
+    def settle(self, timeout_s: float = 60.0) -> bool:
+        """Wait until the newest snapshot is sealed or given up."""
+        return self._engine is None or self._engine.finish(timeout_s)
+
+    def flush(self, timeout_s: float) -> int | None:
+        """Seal and persist the newest snapshot; the step that is safe on storage, None if none is."""
+        self.settle(timeout_s)
+        if self._persist is None:
+            return None
+        try:
+            done, _ = self._link.ask(m.Flush(), m.Flushed, timeout_s=timeout_s)
+        except MnemoError as error:
+            self._event("persist failed", str(error))
+            return None
+        return done.step if done.step >= 0 else None
+
+    # --- end ----------------------------------------------------------------------------------
+
+    def close(self, *, finished: bool) -> None:
+        """End this fit. ``finished``: nothing is left to be resumed, its memory is given back."""
+        if self._engine is not None:
+            self._engine.finish(60.0)
+            self._engine.close()
+            counters = self._engine.counters
+            self._engine = None
+            self.journal.write(
+                "end", run=self.identity.run_id, fit=self.fit, rank=self.place.rank, finished=finished,
+                counters={k: round(v, 6) for k, v in vars(counters).items()}, storage_bytes_on_step_path=0,
+            )
+        self._link.leave(finished=finished)
+
+    def _event(self, kind: str, words: str) -> None:
+        """A degradation: logged and recorded; training goes on."""
+        log.warning("%s: %s", kind, words)
+        self.journal.write("degraded", run=self.identity.run_id, rank=self.place.rank, kind=kind, text=words)
+
+

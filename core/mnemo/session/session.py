@@ -1,0 +1,229 @@
+"""mnemo for a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnemo.config import load_config
+from mnemo.session.identity import data_fingerprint, optimizer_fingerprint, script_fingerprint
+from mnemo.session.keeper import Keeper
+from mnemo.session.loader import ReplaySampler, draws_in_workers, fast_forward, make_replayable
+from mnemo.session.place import current_place, next_fit, shared_identity
+from mnemo.smp.board import Position
+from mnemo.snapshot.rng import restore_rng
+
+
+class Session:
+    """Snapshots and exact resume for a training loop of your own::
+
+        run = mnemo.Session("mnemo.yaml", model=model, optimizer=optimizer, scheduler=scheduler)
+        for batch in run.batches(loader, epochs=3):
+            loss = model(batch).loss
+            loss.backward()
+            run.step()
+
+    Every rank makes one, after ``init_process_group`` and after wrapping the model.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | None = None,
+        *,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any = None,
+        objects: Mapping[str, Any] | None = None,
+        **sections: Mapping[str, Any],
+    ) -> None:
+        """Open the session. Nothing is restored before `batches` begins.
+
+        Args:
+            config: YAML file; None reads the environment and defaults only.
+            model: The model, wrapped or not.
+            optimizer: Stepped by `step`.
+            scheduler: Stepped after the optimizer, if given.
+            objects: Anything else with ``state_dict`` and ``load_state_dict``, by name.
+            sections: Settings as arguments: ``snapshot={"every": 10}``.
+
+        Raises:
+            ConfigError: A setting is wrong.
+        """
+        self._config = load_config(config, **sections)
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._objects = dict(objects or {})
+        self._keeper: Keeper | None = None
+        self._replay: ReplaySampler | None = None
+        self._step = 0
+        self._epoch = 0
+        self._batch = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps of the whole run, earlier lives included."""
+        return self._step
+
+    @property
+    def epoch(self) -> int:
+        """The current pass over the data, from 0."""
+        return self._epoch
+
+    def batches(self, loader: Iterable[Any], epochs: int = 1) -> Iterator[Any]:
+        """Yield the batches of ``epochs`` passes, from where the last life ended.
+
+        When the last one is through, the session is finished and its memory given back. Leaving
+        the loop early, by ``break`` or an exception, keeps the state for a resume.
+
+        Raises:
+            ModelChangedError: The snapshot belongs to another model.
+            NothingToResumeError: See ``run.resume``.
+        """
+        seed = torch.initial_seed() % 2**63 if self._config.run.seed_samples else None
+        self._replay = make_replayable(loader, seed=seed)
+        position, rng = self._open(loader)
+        finished = False
+        try:
+            for epoch in range(self._epoch, epochs):
+                self._epoch = epoch
+                yield from self._one_pass(loader, position, rng)
+                position, rng = None, None
+                self._batch = 0
+            finished = True
+        finally:
+            self._close(finished=finished)
+
+    def step(self) -> None:
+        """Update the parameters and commit: optimizer, scheduler, then gradients to None."""
+        keeper = self._keeper
+        if keeper is not None:
+            keeper.before_update()
+        self._optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._step += 1
+        if keeper is not None:
+            position = Position(2 * self._step, self._step, self._epoch, self._batch, time.time())
+            keeper.boundary(position, self._state, volatile=self._volatile, watch=("model",))
+
+    @property
+    def keeper(self) -> Keeper | None:
+        """The engine room, while `batches` runs."""
+        return self._keeper
+
+    # ------------------------------------------------------------------------------------------
+
+    def _open(self, loader: Iterable[Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        replicas = isinstance(self._model, torch.nn.parallel.DistributedDataParallel)
+        device = next((p.device for p in self._model.parameters()), None)
+        place = current_place(replicas=replicas, device=device)
+        keeper = Keeper(self._config, shared_identity(self._config), place, next_fit())
+        try:
+            restored = keeper.restore(
+                self._model.state_dict(), "model.",
+                {
+                    "optimizer": optimizer_fingerprint([self._optimizer]),
+                    "data": data_fingerprint([loader]),
+                    "script": script_fingerprint(),
+                },
+            )
+            if restored is None:
+                keeper.announce(None)
+                keeper.reserve(self._expected_size())
+                self._keeper = keeper
+                return None, None
+            self._load(restored.state)
+        except BaseException:
+            keeper.close(finished=False)
+            raise
+        exact = self._replay is not None and (not draws_in_workers(loader) or self._config.run.seed_samples)
+        note = "" if exact else "the order of batches is exact; random numbers drawn in loader workers are not"
+        keeper.announce(restored, exact=exact, note=note)
+        self._keeper = keeper
+        return restored.state["position"], restored.rng
+
+    def _one_pass(
+        self, loader: Iterable[Any], position: dict[str, Any] | None, rng: dict[str, Any] | None
+    ) -> Iterator[Any]:
+        for part in (self._replay and self._replay.inner, getattr(loader, "sampler", None)):
+            for sampler in (part, getattr(part, "sampler", None)):
+                with contextlib.suppress(AttributeError):
+                    sampler.set_epoch(self._epoch)
+        if position is not None and self._replay is not None:
+            self._replay.resume(position["replay"])
+        iterator = iter(loader)
+        if position is not None:
+            if self._replay is None:
+                fast_forward(iterator, position["batch"])
+            self._batch = position["batch"]
+        if rng is not None:
+            restore_rng(rng)
+        for batch in iterator:
+            self._batch += 1
+            yield batch
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
+            "position": {
+                "step": self._step, "epoch": self._epoch, "batch": self._batch,
+                "replay": self._replay.state(self._batch) if self._replay is not None else None,
+            },
+        }
+        if self._scheduler is not None:
+            state["scheduler"] = self._scheduler.state_dict()
+        return state
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._scheduler is not None and "scheduler" in state:
+            self._scheduler.load_state_dict(state["scheduler"])
+        for name, thing in self._objects.items():
+            if name in state["objects"]:
+                thing.load_state_dict(state["objects"][name])
+        position = state["position"]
+        self._step, self._epoch = position["step"], position["epoch"]
+
+    def _volatile(self) -> set[int]:
+        return {b.data_ptr() for b in self._model.buffers()}
+
+    def _expected_size(self) -> int:
+        return expected_size(self._model, [self._optimizer])
+
+    def _close(self, *, finished: bool) -> None:
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.close(finished=finished)
+
+
+def expected_size(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
+    """Bytes of model and optimizer state, the latter guessed where it does not exist yet."""
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values() if torch.is_tensor(t))
+    for optimizer in optimizers:
+        known = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+        if known:
+            size += sum(t.numel() * t.element_size() for t in known)
+            continue
+        moments = _moments(optimizer)
+        size += sum(
+            moments * p.numel() * p.element_size() for g in optimizer.param_groups for p in g["params"] if p.requires_grad
+        )
+    return size
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> int:
+    """Tensors of a parameter's size that the optimizer will keep for each parameter."""
+    defaults = optimizer.defaults
+    if "betas" in defaults:
+        return 3 if defaults.get("amsgrad") else 2
+    return 1 if defaults.get("momentum") or not isinstance(optimizer, torch.optim.SGD) else 0

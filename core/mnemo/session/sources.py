@@ -1,0 +1,142 @@
+"""Where a state can be restored from, and how ranks agree on one generation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mnemo.errors import IntegrityError, MnemoError, StorageError
+from mnemo.smp import messages as m
+from mnemo.smp.link import Link
+from mnemo.smp.persist import part_name
+from mnemo.smp.segment import TensorEntry
+from mnemo.snapshot.restore import Source, read_state
+from mnemo.storage import Checkpoint, CheckpointStore
+from mnemo.transport.local import close_all
+
+log = logging.getLogger("mnemo")
+
+NOTHING = -1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A generation that this rank has read back whole."""
+
+    tick: int
+    step: int
+    state: Any
+    entries: tuple[TensorEntry, ...]
+    identity: dict[str, str]
+    origin: str
+
+
+class StateSource(Protocol):
+    """A place that generations can be read from."""
+
+    def newest(self, below: int | None, newer_than: int) -> Candidate | None:
+        """The newest readable generation with ``newer_than`` < tick < ``below``."""
+        ...
+
+
+def newest_common(
+    source: StateSource, agree: Callable[[int], tuple[int, int]], newer_than: int = NOTHING
+) -> Candidate | None:
+    """The newest generation that every rank can read. Collective.
+
+    A damaged copy on one rank makes all ranks fall back to the generation before.
+    """
+    below: int | None = None
+    while True:
+        found = source.newest(below, newer_than)
+        low, high = agree(found.tick if found else NOTHING)
+        if low == high:
+            return found
+        if low == NOTHING:
+            return None
+        below = low + 1
+
+
+class MemorySource:
+    """The SMP's segments."""
+
+    def __init__(self, link: Link, rank: int, secret: bytes) -> None:
+        self._link, self._rank, self._secret = link, rank, secret
+
+    def newest(self, below: int | None, newer_than: int) -> Candidate | None:
+        """See `StateSource`."""
+        while True:
+            fetched, fds = self._link.ask(m.Fetch(below or 0), m.Fetched)
+            generation = fetched.generation
+            if generation is None or generation.tick <= newer_than:
+                close_all(fds)
+                return None
+            try:
+                sources = {}
+                for fd in fds:
+                    source = Source.of_fd(fd)
+                    sources[source.meta.rank] = source
+                return _candidate(sources, self._rank, self._secret, "memory")
+            except IntegrityError as error:
+                log.warning("the snapshot of step %d is not used: %s", generation.step, error)
+                below = generation.tick
+            finally:
+                close_all(fds)
+
+
+class StorageSource:
+    """Checkpoints of the persistent tier."""
+
+    def __init__(self, settings: m.PersistSettings, store_id: str, rank: int, members: int) -> None:
+        self._store = CheckpointStore(settings.url, run_id=store_id, keep=settings.keep)
+        self._rank, self._members = rank, members
+
+    def newest(self, below: int | None, newer_than: int) -> Candidate | None:
+        """See `StateSource`. Storage that cannot be reached counts as empty, with a warning."""
+        try:
+            stored = self._store.checkpoints()
+        except StorageError as error:
+            log.warning("no checkpoint is looked for: %s", error)
+            return None
+        for checkpoint in stored:
+            tick = int(checkpoint.meta.get("tick") or 0)
+            if tick <= newer_than or (below is not None and tick >= below):
+                continue
+            try:
+                return self._read(checkpoint)
+            except MnemoError as error:
+                log.warning("the checkpoint of step %d is not used: %s", checkpoint.step, error)
+        return None
+
+    def _read(self, checkpoint: Checkpoint) -> Candidate:
+        if checkpoint.meta.get("members") != self._members:
+            raise IntegrityError(
+                f"it was written by {checkpoint.meta.get('members')} ranks, this launch has {self._members}: start as many, or export it"
+            )
+        return _candidate(read_sources(self._store, checkpoint), self._rank, None, "storage")
+
+
+def read_sources(store: CheckpointStore, checkpoint: Checkpoint) -> dict[int, Source]:
+    """All parts of a stored checkpoint, checked.
+
+    Raises:
+        IntegrityError: A part is damaged.
+        StorageError: A part cannot be read.
+    """
+    sources = {}
+    for rank in range(len(checkpoint.parts)):
+        part = checkpoint.part(part_name(rank))
+        buffer = bytearray(part.size)
+        store.read_into(checkpoint, part.name, buffer)
+        sources[rank] = Source.of_bytes(memoryview(buffer))
+    return sources
+
+
+def _candidate(sources: dict[int, Source], rank: int, secret: bytes | None, origin: str) -> Candidate:
+    state = read_state(sources, rank, secret)
+    mine = sources[rank]
+    return Candidate(mine.header.tick, mine.header.step, state, mine.meta.tensors, mine.meta.identity, origin)
+
+
