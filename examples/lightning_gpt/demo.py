@@ -58,6 +58,7 @@ class Demo:
         command = [
             str(Path(sys.executable).with_name("mnemo")),
             "run",
+            f"--config={HERE / 'mnemo.yaml'}",
             f"--nproc-per-node={RANKS}",
             str(HERE / "train.py"),
             f"--ranks={RANKS}",
@@ -142,7 +143,7 @@ def summary(calm: Outcome, struck: Outcome, fired: Fired) -> Table:
     """Lay both outcomes side by side."""
     failure = next(record for record in struck.journal if record["event"] == "failure")
     recovery = next(record for record in struck.journal if record["event"] == "recovery")
-    detected = float(str(failure["time"])) - fired.time
+    detected = float(str(failure["noticed"])) - fired.time
     again = min(moment for moment in struck.step_times if moment > fired.time) - fired.time
     same = sum(one == other for one, other in zip(calm.losses, struck.losses, strict=True))
     equal = "[green]equal ✓[/]" if calm.sha256 == struck.sha256 else "[bold red]different ✗[/]"
@@ -153,8 +154,8 @@ def summary(calm: Outcome, struck: Outcome, fired: Fired) -> Table:
     table.add_column("killed", justify="right")
     table.add_row("crash", "", f"rank {fired.rank}, step {fired.step}")
     table.add_row("detected after", "", f"{detected * 1000:.0f} ms")
-    table.add_row("state restored in", "", f"{float(str(recovery['seconds'])):.2f} s")
-    table.add_row("crash to next step", "", f"{again:.1f} s")
+    table.add_row("state restored after", "", f"{float(str(recovery['seconds'])):.2f} s")
+    table.add_row("next step after", "", f"{again:.1f} s")
     table.add_row("steps lost, computed again", "", str(struck.repeated))
     table.add_row("steps", str(len(calm.losses)), str(len(struck.losses)))
     table.add_row("final loss", f"{calm.losses[-1]:.6f}", f"{struck.losses[-1]:.6f}")
