@@ -18,11 +18,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mnemo.faults import Declaration, Fault, Fired, Hook
-from mnemo.recovery.journal import journal_path, read
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from mnemo.faults import Declaration, Fault, Fired, Hook
+from mnemo.recovery.journal import journal_path, read
 
 HERE = Path(__file__).parent
 RANKS = 2

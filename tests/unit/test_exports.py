@@ -12,8 +12,9 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mnemo
 import pytest
+
+import mnemo
 
 if TYPE_CHECKING:
     from types import ModuleType
