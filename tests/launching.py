@@ -1,0 +1,67 @@
+"""Starts ``mnemo run`` as a user would, and reads what it wrote."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnemo.recovery import journal
+
+MNEMO = (sys.executable, "-c", "from mnemo.cli import main; main()")
+TIMEOUT_S = 60
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def records(self, event: str) -> list[dict[str, Any]]:
+        """Journal records of one kind, in order."""
+        return [record for record in all_records() if record["event"] == event]
+
+
+def all_records() -> list[dict[str, Any]]:
+    """Every record of the test's only run."""
+    paths = list(Path(os.environ["MNEMO_RUN__JOURNAL"]).glob("*.jsonl"))
+    assert len(paths) == 1, paths
+    return journal.read(paths[0])
+
+
+def logs(life: int) -> dict[str, str]:
+    """What the ranks of a life wrote, by file name."""
+    found = Path(os.environ["MNEMO_RUN__JOURNAL"]).glob(f"*/life-{life}/*")
+    return {path.name: path.read_text() for path in found}
+
+
+def start(*words: str, cwd: Path, **environ: str) -> subprocess.Popen[str]:
+    """Start ``mnemo run``."""
+    return subprocess.Popen(
+        [*MNEMO, "run", *words],
+        cwd=cwd,
+        env={**os.environ, **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Result:
+    """Wait for its end."""
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        print(process.communicate())
+        raise
+    return Result(process.returncode, out, err)
+
+
+def launch(*words: str, cwd: Path, **environ: str) -> Result:
+    """Run ``mnemo run`` to its end."""
+    return finish(start(*words, cwd=cwd, **environ))
