@@ -22,13 +22,14 @@ from mnemo.errors import MnemoError, NothingToResumeError, SmpError
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import report
 from mnemo.session.identity import RunIdentity, describe_changes, require_same_model
-from mnemo.session.sources import Candidate, MemorySource, StorageSource, newest_common
+from mnemo.session.sources import NOTHING, Candidate, MemorySource, StorageSource, newest_common
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
 from mnemo.smp.link import Link
 from mnemo.smp.memory import survival_domain
 from mnemo.smp.paths import RunPaths
 from mnemo.smp.persist import store_id
+from mnemo.smp.segment import TensorEntry
 from mnemo.snapshot.engine import SnapshotEngine
 from mnemo.snapshot.frequency import Cadence
 from mnemo.snapshot.layout import Share
@@ -63,10 +64,15 @@ class Restored:
     step: int
     origin: str
     """``memory`` or ``storage``."""
+    entries: tuple[TensorEntry, ...]
+    """What tensors the snapshot holds."""
+    fingerprints: dict[str, str]
+    """Those given to `Keeper.begin` when it was taken."""
 
 
 class Keeper:
-    """See the module. Its life: `restore`, then `boundary` and `before_update`, then `close`."""
+    """See the module. Its life: `find`, `accept` or `forget`, `begin`, `announce`; then `before_update` and
+    `boundary` at each step; then `close`."""
 
     def __init__(self, config: ResolvedConfig, identity: RunIdentity, place: Place, fit: int = 0) -> None:
         """Open or find the SMP.
@@ -100,49 +106,70 @@ class Keeper:
         self._engine: SnapshotEngine | None = None
         self._last_boundary: float | None = None
         self._captured_last = False
+        self._stopping = False
         self._reached = max((p["step"] for p in self._link.board.positions()), default=0)
         """Newest step that any rank had done when an earlier life ended."""
         self._opened = time.time()
+        self._then: dict[str, str] = {}
 
     # --- beginning ----------------------------------------------------------------------------
 
-    def restore(
-        self, model: Mapping[str, torch.Tensor], prefix: str, fingerprints: dict[str, str]
-    ) -> Restored | None:
-        """The newest state that every rank can read back whole, or None to start fresh. Collective.
+    def find(self) -> Restored | None:
+        """The newest state that every rank can read back whole, or None. Collective.
 
-        Args:
-            model: The model's tensors by name, to be compared with the snapshot's.
-            prefix: What their names start with in the captured state.
-            fingerprints: Of everything else that should not change; differences are reported.
+        Nothing is given up yet: `accept` or `forget` says what becomes of it.
 
         Raises:
-            ModelChangedError: The snapshot belongs to another model.
             NothingToResumeError: Resuming is required and there is nothing.
         """
-        self._start_engine(fingerprints)
         wanted = self.config.run.resume
-        found = None if wanted is Resume.never else self._find(model, "state." + prefix)
-        if found is None:
-            if wanted is Resume.required:
-                self.close(finished=False)
-                raise NothingToResumeError(
-                    f"run.resume is 'required', but run {self.identity.run_id} has no snapshot in memory"
-                    + (f" and no checkpoint in {self._persist.url}" if self._persist else " and persist.to is not set")
-                    + ". Start with run.resume=auto to begin anew"
-                )
-            self._link.ask(m.Resume(-1), m.Done)
-            self._lead(0)
-            return None
-        self._link.ask(m.Resume(found.tick if found.origin == "memory" else -1), m.Done)
-        self._lead(found.tick // 2)
-        changes = describe_changes(found.identity, fingerprints)
-        if changes and self.place.rank == 0:
-            report.say(f"resuming although these changed since the snapshot: {', '.join(changes)}")
-            self.journal.write("changed", run=self.identity.run_id, what=changes)
-        return Restored(found.state["state"], found.state["rng"], found.tick, found.step, found.origin)
+        found = None if wanted is Resume.never else self._find()
+        if found is None and wanted is Resume.required:
+            raise NothingToResumeError(
+                f"run.resume is 'required', but run {self.identity.run_id} has no snapshot in memory"
+                + (f" and no checkpoint in {self._persist.url}" if self._persist else " and persist.to is not set")
+                + ". Start with run.resume=auto to begin anew"
+            )
+        return found and Restored(
+            found.state["state"], found.state["rng"], found.tick, found.step, found.origin, found.entries, found.identity
+        )
 
-    def _find(self, model: Mapping[str, torch.Tensor], prefix: str) -> Candidate | None:
+    def accept(self, restored: Restored, model: Mapping[str, torch.Tensor], prefix: str) -> None:
+        """Training goes on from ``restored``; what was sealed later is void.
+
+        Args:
+            restored: What `find` found.
+            model: The model's tensors by name, to be compared with the snapshot's.
+            prefix: What their names start with in the captured state.
+
+        Raises:
+            ModelChangedError: The snapshot belongs to another model; nothing was touched.
+        """
+        require_same_model(restored.entries, model, "state." + prefix, self.identity.run_id, restored.step)
+        self._link.ask(m.Resume(restored.tick if restored.origin == "memory" else NOTHING), m.Done)
+        self._lead(restored.tick // 2)
+        self._then = restored.fingerprints
+
+    def forget(self) -> None:
+        """Start fresh: whatever is in memory is void."""
+        self._link.ask(m.Resume(NOTHING), m.Done)
+        self._reached = 0
+        self._lead(0)
+
+    def begin(self, fingerprints: dict[str, str]) -> None:
+        """Training starts now: snapshots can be taken from here on.
+
+        Args:
+            fingerprints: Of what should be the same when the run is resumed; what differs from
+                the snapshot resumed from is reported.
+        """
+        self._start_engine(fingerprints)
+        changes = describe_changes(self._then, fingerprints)
+        if changes and self.place.rank == 0:
+            report.say(f"resumed although these changed since the snapshot: {', '.join(changes)}")
+            self.journal.write("changed", run=self.identity.run_id, what=changes)
+
+    def _find(self) -> Candidate | None:
         memory = MemorySource(self._link, self.place.rank, self._secret)
         found = newest_common(memory, self.place.agree)
         if self._persist is not None:
@@ -151,8 +178,6 @@ class Keeper:
             )
             stored = newest_common(storage, self.place.agree, newer_than=found.tick if found else -1)
             found = stored or found
-        if found is not None:
-            require_same_model(found.entries, model, prefix, self.identity.run_id, found.step)
         return found
 
     def announce(self, restored: Restored | None, *, exact: bool = True, note: str = "") -> None:
@@ -225,6 +250,7 @@ class Keeper:
 
     def _lead(self, boundary: int) -> None:
         if self.place.local_rank == 0:
+            self._link.board.reset()
             self._link.board.schedule(boundary + 1)
 
     # --- training -----------------------------------------------------------------------------
@@ -236,7 +262,7 @@ class Keeper:
         *,
         volatile: Callable[[], Collection[int]] = tuple,
         watch: tuple[str, ...] = (),
-        clean: bool = True,
+        clean: Callable[[], bool] = lambda: True,
     ) -> None:
         """An optimizer step and all that belongs to it is done: take a snapshot if one is due.
 
@@ -247,6 +273,7 @@ class Keeper:
             volatile: Gives the ``data_ptr`` of tensors that change before the next update.
             watch: Path prefixes of tensors that must be finite.
             clean: False if this step's loss was not finite: the snapshot would be worthless.
+                Only called when one is due.
         """
         now = time.perf_counter()
         board = self._link.board
@@ -257,9 +284,11 @@ class Keeper:
                 self._cadence.observe(now - self._last_boundary, beside=self._captured_last)
             self._last_boundary = now
             self._captured_last = False
-        if not self._is_due(number):
+        if self._stop_here(number) and not after:
+            self._stopping = True
+        if not self._is_due(number) and not self._stopping:
             return
-        if not clean:
+        if not clean():
             self._skip_suspect(position)
         else:
             assert self._engine is not None
@@ -272,6 +301,22 @@ class Keeper:
             self._captured_last = not after
         if self.place.local_rank == 0 and not after:
             board.schedule(number + self._cadence.interval(self._engine.counters.copy_s if self._engine else 0.0))
+
+    def request_stop(self) -> None:
+        """Ask all ranks to stop after the same step, with a snapshot of it. Safe in a signal handler."""
+        self._link.board.request_stop()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this boundary is the one to stop at; its snapshot is under way."""
+        return self._stopping
+
+    def _stop_here(self, number: int) -> bool:
+        """Any rank may ask, the leader names the step, which no other rank has passed yet."""
+        board = self._link.board
+        if self.place.local_rank == 0 and board.stop_requested() and board.stop_at() < 0:
+            board.set_stop(number + (self.place.members > 1))
+        return 0 <= board.stop_at() <= number
 
     def _is_due(self, number: int) -> bool:
         every = self.config.snapshot.every

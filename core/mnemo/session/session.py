@@ -126,13 +126,17 @@ class Session:
         place = current_place(replicas=replicas, device=device)
         keeper = Keeper(self._config, shared_identity(self._config), place, next_fit())
         try:
-            restored = keeper.restore(
-                self._model.state_dict(), "model.",
+            restored = keeper.find()
+            if restored is None:
+                keeper.forget()
+            else:
+                keeper.accept(restored, self._model.state_dict(), "model.")
+            keeper.begin(
                 {
                     "optimizer": optimizer_fingerprint([self._optimizer]),
                     "data": data_fingerprint([loader]),
                     "script": script_fingerprint(),
-                },
+                }
             )
             if restored is None:
                 keeper.announce(None)

@@ -14,6 +14,9 @@ from typing import Any, Final
 
 _RECORD: Final = 64
 _SCHEDULE: Final = struct.Struct("<qq")
+_WORD: Final = struct.Struct("<q")
+_STOP_REQUESTED: Final = 16
+_STOP_AT: Final = 24
 _POSITION: Final = struct.Struct("<qqqqd")
 
 
@@ -42,7 +45,7 @@ class Board:
         fd = os.memfd_create("mnemo:board", os.MFD_CLOEXEC)
         os.ftruncate(fd, -(-(_RECORD * (members + 1)) // mmap.PAGESIZE) * mmap.PAGESIZE)
         board = cls(fd)
-        board.schedule(-1)
+        board.reset()
         return board
 
     def schedule(self, tick: int) -> None:
@@ -56,6 +59,28 @@ class Board:
     def is_scheduled(self, tick: int) -> bool:
         """Whether a generation is due at ``tick``."""
         return tick in _SCHEDULE.unpack_from(self._map, 0)
+
+    def request_stop(self) -> None:
+        """Any rank: training should stop after a step that the leader will name."""
+        _WORD.pack_into(self._map, _STOP_REQUESTED, 1)
+
+    def stop_requested(self) -> bool:
+        """Whether any rank has asked to stop."""
+        return bool(_WORD.unpack_from(self._map, _STOP_REQUESTED)[0])
+
+    def set_stop(self, boundary: int) -> None:
+        """Leader: every rank stops at step boundary ``boundary``."""
+        _WORD.pack_into(self._map, _STOP_AT, boundary)
+
+    def stop_at(self) -> int:
+        """The step boundary to stop at, -1 for none."""
+        return int(_WORD.unpack_from(self._map, _STOP_AT)[0])
+
+    def reset(self) -> None:
+        """Leader of a new life: no generation scheduled, no stop asked for."""
+        _SCHEDULE.pack_into(self._map, 0, -1, -1)
+        _WORD.pack_into(self._map, _STOP_REQUESTED, 0)
+        _WORD.pack_into(self._map, _STOP_AT, -1)
 
     def report(self, slot: int, position: Position) -> None:
         """Leave a rank's position; ``slot`` counts the ranks of this node from 0."""
