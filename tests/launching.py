@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mnemo.recovery import journal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MNEMO = (sys.executable, "-c", "from mnemo.cli import main; main()")
 TIMEOUT_S = 60
@@ -39,9 +43,10 @@ def logs(life: int) -> dict[str, str]:
     return {path.name: path.read_text() for path in found}
 
 
-def start(*words: str, cwd: Path, **environ: str) -> subprocess.Popen[str]:
-    """Start ``mnemo run``."""
-    return subprocess.Popen(
+@contextmanager
+def started(*words: str, cwd: Path, **environ: str) -> Iterator[subprocess.Popen[str]]:
+    """A running ``mnemo run``, killed at the end of the block if it still runs."""
+    process = subprocess.Popen(
         [*MNEMO, "run", *words],
         cwd=cwd,
         env={**os.environ, **environ},
@@ -49,19 +54,20 @@ def start(*words: str, cwd: Path, **environ: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def finish(process: subprocess.Popen[str]) -> Result:
     """Wait for its end."""
-    try:
-        out, err = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        print(process.communicate())
-        raise
+    out, err = process.communicate(timeout=TIMEOUT_S)
     return Result(process.returncode, out, err)
 
 
 def launch(*words: str, cwd: Path, **environ: str) -> Result:
     """Run ``mnemo run`` to its end."""
-    return finish(start(*words, cwd=cwd, **environ))
+    with started(*words, cwd=cwd, **environ) as process:
+        return finish(process)

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from mnemo.errors import IdentityError
+
+from mnemo.errors import ConfigError
 from mnemo.recovery import journal
 from mnemo.recovery.journal import Journal
 
@@ -147,7 +148,7 @@ def test_the_path_is_made_of_the_run_id() -> None:
     assert journal.journal_path(".mnemo", "gpt-7b_8412.1") == Path(".mnemo/gpt-7b_8412.1.jsonl")
 
 
-@pytest.mark.parametrize("run_id", ["", "../x", "a/b", ".hidden", "-x", "a b", "x" * 129, "a\n"])
+@pytest.mark.parametrize("run_id", ["", "../x", "a/b", ".hidden", "a b", "x" * 129, "a\n"])
 def test_a_run_id_that_is_no_file_name_is_refused(run_id: str) -> None:
-    with pytest.raises(IdentityError, match="cannot name a file"):
+    with pytest.raises(ConfigError, match=r"run\.id"):
         journal.journal_path(".mnemo", run_id)

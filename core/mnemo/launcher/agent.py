@@ -146,11 +146,11 @@ class Agent:
 
     def _announce(self) -> None:
         options = self._options
-        ranks = f"{options.ranks} rank" + ("s" if options.ranks > 1 else "")
         window = format_duration(options.restart_window_s)
         self._terminal.say(
-            f"run {options.run_id} · {ranks} · at most {options.max_restarts} restarts in {window}"
-            f" · logs in {options.log_dir}"
+            f"run {options.run_id} · {_count(options.ranks, 'rank')} · "
+            f"at most {_count(options.max_restarts, 'restart')} in {window} · "
+            f"logs in {options.log_dir}"
         )
         if options.ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
             self._terminal.say("OMP_NUM_THREADS=1 for each rank; set it to use more threads")
@@ -297,7 +297,8 @@ class Agent:
         )
         options = self._options
         many = f"all {options.ranks} ranks restart" if options.ranks > 1 else "it restarts"
-        then = f"{many} from memory ({self._policy.recent} of {options.max_restarts} restarts)"
+        limit = _count(options.max_restarts, "restart")
+        then = f"{many} from memory ({self._policy.recent} of {limit})"
         if self._stopped_by is not None:
             then = "ending"
         elif decision != "restart":
@@ -315,6 +316,10 @@ class Agent:
             )
             raise CrashLoopError(msg)
         return Ended(code)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _cause(failed: Failed, worker: Worker, *, out_of_memory: bool) -> str:

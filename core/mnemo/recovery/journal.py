@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from mnemo.clock import Clock, SystemClock
-from mnemo.errors import IdentityError
+from mnemo.smp.paths import check_run_id
 
 VERSION: Final = 1
-_RUN_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _log = logging.getLogger(__name__)
 
 
@@ -30,15 +28,9 @@ def journal_path(directory: str | os.PathLike[str], run_id: str) -> Path:
         run_id: The identity of the run.
 
     Raises:
-        IdentityError: ``run_id`` cannot be part of a file name.
+        ConfigError: ``run_id`` cannot be part of a file name.
     """
-    if not _RUN_ID.fullmatch(run_id):
-        msg = (
-            f"the run id {run_id!r} cannot name a file: use 1 to 128 letters, digits, "
-            "'.', '_' and '-', not beginning with '.' or '-'"
-        )
-        raise IdentityError(msg)
-    return Path(directory) / f"{run_id}.jsonl"
+    return Path(directory) / f"{check_run_id(run_id)}.jsonl"
 
 
 class Journal:
