@@ -42,7 +42,11 @@ def _digests(module: pl.LightningModule) -> dict[str, int]:
     own = vars(module)
     found = {}
     for name, value in own.items():
-        if name.startswith("_") or name in ("training", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"):
+        if name.startswith("_") or name in (
+            "training",
+            "prepare_data_per_node",
+            "allow_zero_length_dataloader_with_multiple_devices",
+        ):
             continue
         if isinstance(value, _PLAIN):
             try:

@@ -23,7 +23,12 @@ from lightning_mnemo.metrics import capture_metrics, restore_metrics
 from mnemo import faults
 from mnemo.config import load_config
 from mnemo.errors import ConfigError
-from mnemo.session.identity import data_fingerprint, fingerprint, optimizer_fingerprint, script_fingerprint
+from mnemo.session.identity import (
+    data_fingerprint,
+    fingerprint,
+    optimizer_fingerprint,
+    script_fingerprint,
+)
 from mnemo.session.keeper import Keeper, Restored
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.report import say
@@ -38,8 +43,8 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class MnemoCallback(pl.Callback):
     """Keeps the training's state in the memory of a process that outlives it::
 
-        trainer = L.Trainer(callbacks=[MnemoCallback("mnemo.yaml")])
-        trainer.fit(model)      # takes snapshots; resumes where an earlier life of the run ended
+    trainer = L.Trainer(callbacks=[MnemoCallback("mnemo.yaml")])
+    trainer.fit(model)      # takes snapshots; resumes where an earlier life of the run ended
     """
 
     def __init__(self, config: str | Path | None = None, **sections: Mapping[str, Any]) -> None:
@@ -75,7 +80,9 @@ class MnemoCallback(pl.Callback):
         self._done = False
         replicas = isinstance(trainer.strategy, DDPStrategy)
         place = current_place(replicas=replicas, device=trainer.strategy.root_device)
-        self._keeper = keeper = Keeper(self._config, shared_identity(self._config), place, next_fit())
+        self._keeper = keeper = Keeper(
+            self._config, shared_identity(self._config), place, next_fit()
+        )
         try:
             self._restored = keeper.find()
         except BaseException:
@@ -102,7 +109,10 @@ class MnemoCallback(pl.Callback):
 
         def setup_data(original: Callable[[], None]) -> Callable[[], None]:
             def wrapped() -> None:
-                if trainer.fit_loop._combined_loader is None or trainer.fit_loop._should_reload_train_dl:
+                if (
+                    trainer.fit_loop._combined_loader is None
+                    or trainer.fit_loop._should_reload_train_dl
+                ):
                     data.reset()
                 original()
 
@@ -141,14 +151,18 @@ class MnemoCallback(pl.Callback):
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0
         if checkpoint_path and self._restored is not None and not restarted:
             if trainer.is_global_zero:
-                say(f"fit(ckpt_path={str(checkpoint_path)!r}) was asked for: the snapshot of step {self._restored.step} in memory is given up")
+                say(
+                    f"fit(ckpt_path={str(checkpoint_path)!r}) was asked for: the snapshot of step {self._restored.step} in memory is given up"
+                )
             self._restored = None
             assert self._data is not None
             self._data.forget()
         if self._restored is None:
             keeper.forget()
             return
-        keeper.accept(self._restored, trainer.strategy.lightning_module_state_dict(), "checkpoint.state_dict.")
+        keeper.accept(
+            self._restored, trainer.strategy.lightning_module_state_dict(), "checkpoint.state_dict."
+        )
         checkpoint = dict(self._restored.state["checkpoint"])
         if loops.finished_progress(trainer, checkpoint):
             checkpoint["loops"] = loops.before_the_end(checkpoint["loops"])
@@ -159,12 +173,16 @@ class MnemoCallback(pl.Callback):
         keeper = self._keeper
         if keeper is None:
             return
-        loaders = trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else []
+        loaders = (
+            trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else []
+        )
         keeper.begin(
             {
                 "optimizer": optimizer_fingerprint(trainer.optimizers),
                 "data": data_fingerprint(loaders),
-                "hyperparameters": fingerprint(repr(sorted(dict(pl_module.hparams).items(), key=str))),
+                "hyperparameters": fingerprint(
+                    repr(sorted(dict(pl_module.hparams).items(), key=str))
+                ),
                 "script": script_fingerprint(),
             }
         )
@@ -172,10 +190,14 @@ class MnemoCallback(pl.Callback):
             keeper.announce(None)
             keeper.reserve(expected_size(pl_module, trainer.optimizers))
         else:
-            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
+            warnings.filterwarnings(
+                "ignore", message="You're resuming from a checkpoint that ended before"
+            )
         if keeper.place.rank == 0 and keeper.place.world_size > 1:
             missing = "mnemo run and " if "MNEMO_AGENT" not in os.environ else ""
-            say(f"replacing a single rank is off: needs {missing}a later version's strategy; a crash restarts all ranks from memory")
+            say(
+                f"replacing a single rank is off: needs {missing}a later version's strategy; a crash restarts all ranks from memory"
+            )
         self._install_signal_handlers()
 
     def _go_on(self, trainer: pl.Trainer, fetcher: Any) -> None:
@@ -203,15 +225,25 @@ class MnemoCallback(pl.Callback):
             note = "the order of batches is exact; random numbers drawn in loader workers are not: set run.seed_samples"
         keeper.announce(restored, exact=not data.order_only, note=note)
         if pending:
-            self._advance_end_with_validation(trainer, fetcher, trainer.fit_loop.epoch_loop.__class__.on_advance_end.__get__(trainer.fit_loop.epoch_loop))
+            self._advance_end_with_validation(
+                trainer,
+                fetcher,
+                trainer.fit_loop.epoch_loop.__class__.on_advance_end.__get__(
+                    trainer.fit_loop.epoch_loop
+                ),
+            )
 
     # --- training -----------------------------------------------------------------------------
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Every rank, every batch."""
         faults.reach("forward", step=trainer.global_step)
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor
+    ) -> None:
         """Every rank, every batch."""
         self._loss = loss.detach()
         faults.reach("backward", step=trainer.global_step)
@@ -224,7 +256,9 @@ class MnemoCallback(pl.Callback):
             self._keeper.before_update()
             faults.reach("update", step=trainer.global_step)
 
-    def _batch_done(self, trainer: pl.Trainer, fetcher: Any, on_advance_end: Callable[[Any], None]) -> None:
+    def _batch_done(
+        self, trainer: pl.Trainer, fetcher: Any, on_advance_end: Callable[[Any], None]
+    ) -> None:
         """A batch, with its logging, is done; validation may follow before the next."""
         if not loops.stepped(trainer) or trainer.global_step == self._steps_before:
             on_advance_end(fetcher)
@@ -239,11 +273,15 @@ class MnemoCallback(pl.Callback):
             self._boundary(trainer, 2 * self._boundaries)
         faults.reach("between", step=trainer.global_step)
 
-    def _advance_end_with_validation(self, trainer: pl.Trainer, fetcher: Any, on_advance_end: Callable[[Any], None]) -> None:
+    def _advance_end_with_validation(
+        self, trainer: pl.Trainer, fetcher: Any, on_advance_end: Callable[[Any], None]
+    ) -> None:
         on_advance_end(fetcher)
         self._boundary(trainer, 2 * self._boundaries + 1)
 
-    def _boundary(self, trainer: pl.Trainer, tick: int, *, validation_pending: bool = False) -> None:
+    def _boundary(
+        self, trainer: pl.Trainer, tick: int, *, validation_pending: bool = False
+    ) -> None:
         keeper = self._keeper
         if keeper is None:
             return
@@ -284,7 +322,12 @@ class MnemoCallback(pl.Callback):
             self._keeper.pause()
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Every rank, every validation batch."""
         if not trainer.sanity_checking:
@@ -330,8 +373,14 @@ class MnemoCallback(pl.Callback):
         trainer.strategy.barrier("mnemo stop")
         stored = keeper.flush(self._config.recover.grace) if keeper.place.local_rank == 0 else None
         if keeper.place.rank == 0:
-            where = f"persisted up to step {stored}" if stored is not None else f"kept in memory for {self._config.snapshot.keep_alive:.0f} s"
-            say(f"asked to stop: step {trainer.global_step} is saved ({where}); exit code {EXIT_STATE_SAVED} asks to be started again")
+            where = (
+                f"persisted up to step {stored}"
+                if stored is not None
+                else f"kept in memory for {self._config.snapshot.keep_alive:.0f} s"
+            )
+            say(
+                f"asked to stop: step {trainer.global_step} is saved ({where}); exit code {EXIT_STATE_SAVED} asks to be started again"
+            )
         raise SystemExit(EXIT_STATE_SAVED)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -340,7 +389,9 @@ class MnemoCallback(pl.Callback):
             self._keeper.before_update()
         self._done = True
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """The training ended by an error, a signal or Ctrl-C; only the last wants nothing kept."""
         self._close(finished=isinstance(exception, KeyboardInterrupt))
 

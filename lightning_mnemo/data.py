@@ -77,7 +77,10 @@ class DataPosition:
             return
         consumed = self._saved["consumed"]
         self._saved = None
-        if all(replay is not None or _is_stateful(loader) for loader, replay in self._loaders) or not consumed:
+        if (
+            all(replay is not None or _is_stateful(loader) for loader, replay in self._loaders)
+            or not consumed
+        ):
             return
         self.order_only = True
         warnings.warn(

@@ -40,7 +40,11 @@ class Outputs:
 
 def _identity(logger: Logger) -> dict[str, Any] | None:
     if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-        return {"class": type(logger).__name__, "version": logger.version, "directory": str(logger.log_dir)}
+        return {
+            "class": type(logger).__name__,
+            "version": logger.version,
+            "directory": str(logger.log_dir),
+        }
     if isinstance(logger, WandbLogger):
         return {"class": type(logger).__name__, "version": logger.version, "directory": None}
     return None
@@ -52,7 +56,9 @@ def _continue(logger: Logger, identity: dict[str, Any], step: int, *, is_writer:
         _drop_experiment(logger)
         logger._version = identity["version"]
         if is_writer and fresh != Path(logger.log_dir) and fresh.is_dir():
-            shutil.rmtree(fresh)  # made a moment ago by this very process, which asked for a new version
+            shutil.rmtree(
+                fresh
+            )  # made a moment ago by this very process, which asked for a new version
         directory = Path(identity["directory"])
         if is_writer and directory.is_dir():
             if isinstance(logger, TensorBoardLogger):

@@ -25,7 +25,9 @@ class LoopHooks:
         self._trainer = trainer
         self._patched: list[tuple[object, str]] = []
 
-    def wrap(self, target: object, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def wrap(
+        self, target: object, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> None:
         """Put ``wrapper(original)`` in the place of method ``name`` of the object ``target``."""
         setattr(target, name, wrapper(getattr(target, name)))
         self._patched.append((target, name))

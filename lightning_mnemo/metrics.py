@@ -17,7 +17,18 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 )
 from torchmetrics import Metric
 
-_META = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "dataloader_idx", "metric_attribute")
+_META = (
+    "fx",
+    "name",
+    "prog_bar",
+    "logger",
+    "on_step",
+    "on_epoch",
+    "enable_graph",
+    "add_dataloader_idx",
+    "dataloader_idx",
+    "metric_attribute",
+)
 _INTERNAL = ("_update_count", "_computed", "_forward_cache")
 
 
@@ -52,7 +63,11 @@ def restore_metrics(trainer: pl.Trainer, state: dict[str, Any]) -> None:
 
 
 def _metrics_of(trainer: pl.Trainer) -> list[tuple[str, Metric]]:
-    return [(n, module) for n, module in trainer.lightning_module.named_modules() if isinstance(module, Metric)]
+    return [
+        (n, module)
+        for n, module in trainer.lightning_module.named_modules()
+        if isinstance(module, Metric)
+    ]
 
 
 def _metric_state(metric: Metric) -> dict[str, Any]:
@@ -68,7 +83,11 @@ def _copy(value: Any) -> Any:
 def _restore_metric(metric: Metric, saved: dict[str, Any]) -> None:
     for name, value in saved["state"].items():
         device = metric.device
-        setattr(metric, name, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
+        setattr(
+            metric,
+            name,
+            [v.to(device) for v in value] if isinstance(value, list) else value.to(device),
+        )
     for name in _INTERNAL:
         setattr(metric, name, saved[name])
 
@@ -77,8 +96,13 @@ def _result_state(key: str, result: _ResultMetric) -> dict[str, Any]:
     meta = result.meta
     return {
         "key": key,
-        "meta": {name: getattr(meta, name) for name in _META} | {"reduce_fx": meta.reduce_fx.__name__},
-        "sync": {"should": meta.sync.should, "rank_zero_only": meta.sync.rank_zero_only, "custom_group": meta.sync.group is not None},
+        "meta": {name: getattr(meta, name) for name in _META}
+        | {"reduce_fx": meta.reduce_fx.__name__},
+        "sync": {
+            "should": meta.sync.should,
+            "rank_zero_only": meta.sync.rank_zero_only,
+            "custom_group": meta.sync.group is not None,
+        },
         "is_tensor": result.is_tensor,
         "has_reset": result.has_reset,
         "metric": _metric_state(result) if result.is_tensor else None,
@@ -91,14 +115,18 @@ def _restore_result(trainer: pl.Trainer, results: _ResultCollection, saved: dict
         return  # a process group cannot be stored: this value starts over at the next log call
     meta = _Metadata(**{**saved["meta"], "reduce_fx": getattr(torch, saved["meta"]["reduce_fx"])})
     meta.sync = _Sync(
-        fn=trainer.strategy.reduce, _should=saved["sync"]["should"], rank_zero_only=saved["sync"]["rank_zero_only"]
+        fn=trainer.strategy.reduce,
+        _should=saved["sync"]["should"],
+        rank_zero_only=saved["sync"]["rank_zero_only"],
     )
     result = _ResultMetric(meta, saved["is_tensor"])
     if saved["is_tensor"]:
         result.to(trainer.strategy.root_device)
         _restore_metric(result, saved["metric"])
     else:
-        attribute = dict(trainer.lightning_module.named_modules()).get(saved["meta"]["metric_attribute"] or "")
+        attribute = dict(trainer.lightning_module.named_modules()).get(
+            saved["meta"]["metric_attribute"] or ""
+        )
         if attribute is None:
             return
         result.value = attribute

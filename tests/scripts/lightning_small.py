@@ -27,7 +27,11 @@ class Net(pl.LightningModule):
         super().__init__()
         self.out = out
         self.net = nn.Sequential(
-            nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 1)
+            nn.Linear(64, width),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Linear(width, 1),
         )
         self.running = MeanMetric()
 
@@ -38,8 +42,11 @@ class Net(pl.LightningModule):
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log("running", self.running, on_step=False, on_epoch=True)
         row = {
-            "epoch": self.current_epoch, "batch": batch_idx, "step": self.global_step,
-            "loss": loss.item().hex(), "data": float(x.sum()).hex(),
+            "epoch": self.current_epoch,
+            "batch": batch_idx,
+            "step": self.global_step,
+            "loss": loss.item().hex(),
+            "data": float(x.sum()).hex(),
         }
         with (self.out / f"losses-{self.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -83,21 +90,35 @@ def main() -> None:
     val = DataLoader(TensorDataset(*data[:64]), batch_size=16)
     sections = {"snapshot": {"every": args.every}, **args.settings}
     trainer = pl.Trainer(
-        accelerator="cpu", devices=args.ranks, strategy="ddp" if args.ranks > 1 else "auto",
-        max_epochs=args.epochs if args.max_steps < 0 else None, max_steps=args.max_steps,
-        accumulate_grad_batches=args.accumulate, val_check_interval=0.5, num_sanity_val_steps=1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+        devices=args.ranks,
+        strategy="ddp" if args.ranks > 1 else "auto",
+        max_epochs=args.epochs if args.max_steps < 0 else None,
+        max_steps=args.max_steps,
+        accumulate_grad_batches=args.accumulate,
+        val_check_interval=0.5,
+        num_sanity_val_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         callbacks=[MnemoCallback(**sections)],
     )
     model = Net(args.out, args.width)
     trainer.fit(model, train, val)
-    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(t.numpy().tobytes() for t in model.state_dict().values())
+    ).hexdigest()
     final = {
-        "sha256": digest, "step": trainer.global_step, "epoch": trainer.current_epoch,
+        "sha256": digest,
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
         "lr": trainer.optimizers[0].param_groups[0]["lr"],
         "metrics": {k: v.item().hex() for k, v in sorted(trainer.callback_metrics.items())},
     }
-    (args.out / f"final-{os.environ.get('RANK', trainer.global_rank)}.json").write_text(json.dumps(final))
+    (args.out / f"final-{os.environ.get('RANK', trainer.global_rank)}.json").write_text(
+        json.dumps(final)
+    )
 
 
 if __name__ == "__main__":

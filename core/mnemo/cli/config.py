@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from operator import attrgetter
-from pathlib import Path  # noqa: TC003 - typer reads the annotation
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer

@@ -67,10 +67,13 @@ class _Life:
         self.noticed: dict[int, float] = {}
         """Seconds since the Unix epoch at which each exit was noticed."""
 
-    def close(self) -> None:
-        """Kill what still runs, then take the last of the output."""
+    def kill(self) -> None:
+        """Kill the ranks that still run."""
         for worker in self.workers:
             worker.kill()
+
+    def close(self) -> None:
+        """Take the last of the output; nobody writes any more."""
         for worker in self.workers:
             worker.close()
 
@@ -175,9 +178,10 @@ class Agent:
             if verdict == Ended(0):
                 patience_s = self._options.grace_s
         finally:
+            life.kill()
+            immortal = await end_descendants(patience_s, lambda: self._hurry)
             life.close()
             self._life = None
-            immortal = await end_descendants(patience_s, lambda: self._hurry)
         if immortal:
             msg = f"processes {', '.join(immortal)} of the ranks cannot be killed; see ps"
             raise LaunchError(msg)

@@ -83,7 +83,7 @@ class Terminal:
         while view:
             try:
                 view = view[os.write(self._fds[stream], view) :]
-            except BlockingIOError:  # noqa: PERF203 - shared with a program that made it non-blocking
+            except BlockingIOError:
                 select.select([], [self._fds[stream]], [])
             except OSError:
                 # The reader is gone (``mnemo run … | head``), the disk full: train on.

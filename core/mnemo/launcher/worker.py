@@ -139,6 +139,7 @@ class Worker:
         pipes = {"stdout": os.pipe(), "stderr": os.pipe()}
         error_file = {"TORCHELASTIC_ERROR_FILE": str(log_dir / f"rank-{rank}.error.json")}
         try:
+            self.log = RankLog(log_dir / f"rank-{rank}.log", terminal)
             self._process = subprocess.Popen(
                 options.command,
                 env={**environ, **error_file},
@@ -152,12 +153,11 @@ class Worker:
         except OSError as error:
             for read_end, _ in pipes.values():
                 os.close(read_end)
-            msg = f"cannot start {options.command[0]}: {error.strerror or error}"
+            msg = f"cannot start rank {rank}: {error}"
             raise LaunchError(msg) from error
         finally:
             for _, write_end in pipes.values():
                 os.close(write_end)
-        self.log = RankLog(log_dir / f"rank-{rank}.log", terminal)
         self._streams = [
             RankStream(
                 read_end,
@@ -177,7 +177,9 @@ class Worker:
 
     def send(self, number: int) -> None:
         """Send a signal to the rank alone: its loader workers are its own business."""
-        self._process.send_signal(number)
+        # Not by Popen, which would reap a rank that has just ended, unseen by `_ended`.
+        if self._process.returncode is None:
+            os.kill(self.pid, number)
 
     def _ended(self) -> None:
         if self._process.returncode is not None:

@@ -32,7 +32,9 @@ class RunIdentity:
     source: str
 
 
-def resolve_identity(config: ResolvedConfig, environ: Mapping[str, str] | None = None) -> RunIdentity:
+def resolve_identity(
+    config: ResolvedConfig, environ: Mapping[str, str] | None = None
+) -> RunIdentity:
     """The run's id: explicit, else from the environment, else new for this launch.
 
     Ranks of one launch must agree: broadcast rank 0's.
@@ -58,14 +60,20 @@ def script_fingerprint() -> str:
     """Of the program that is running: its file's content, or its name where it has none."""
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     try:
-        return fingerprint(Path(main).read_text(errors="replace")) if main else fingerprint(sys.argv[0])
+        return (
+            fingerprint(Path(main).read_text(errors="replace"))
+            if main
+            else fingerprint(sys.argv[0])
+        )
     except OSError:
         return fingerprint(str(main))
 
 
 def optimizer_fingerprint(optimizers: Iterable[torch.optim.Optimizer]) -> str:
     """Of the optimizers' classes and the number of tensors in each of their groups."""
-    described = [(type(o).__qualname__, [len(g["params"]) for g in o.param_groups]) for o in optimizers]
+    described = [
+        (type(o).__qualname__, [len(g["params"]) for g in o.param_groups]) for o in optimizers
+    ]
     return fingerprint(repr(described))
 
 
@@ -89,7 +97,11 @@ def describe_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[st
 
 
 def require_same_model(
-    entries: Iterable[TensorEntry], current: Mapping[str, torch.Tensor], prefix: str, run_id: str, step: int
+    entries: Iterable[TensorEntry],
+    current: Mapping[str, torch.Tensor],
+    prefix: str,
+    run_id: str,
+    step: int,
 ) -> None:
     """Compare a snapshot's model tensors with the model that is to be resumed.
 
@@ -104,7 +116,9 @@ def require_same_model(
         ModelChangedError: Names, shapes or types differ; lists which.
     """
     then = {
-        e.name.removeprefix(prefix): (e.dtype, tuple(e.shape)) for e in entries if e.name.startswith(prefix)
+        e.name.removeprefix(prefix): (e.dtype, tuple(e.shape))
+        for e in entries
+        if e.name.startswith(prefix)
     }
     now = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in current.items()}
     aliases = _aliases(current)

@@ -72,9 +72,12 @@ class Restored:
 
 class Keeper:
     """See the module. Its life: `find`, `accept` or `forget`, `begin`, `announce`; then `before_update` and
-    `boundary` at each step; then `close`."""
+    `boundary` at each step; then `close`.
+    """
 
-    def __init__(self, config: ResolvedConfig, identity: RunIdentity, place: Place, fit: int = 0) -> None:
+    def __init__(
+        self, config: ResolvedConfig, identity: RunIdentity, place: Place, fit: int = 0
+    ) -> None:
         """Open or find the SMP.
 
         Args:
@@ -95,11 +98,17 @@ class Keeper:
         self.journal = Journal(journal_path(config.run.journal, identity.run_id))
         persist = None
         if config.persist.to:
-            url = config.persist.to if "://" in config.persist.to else str(Path(config.persist.to).absolute())
+            url = (
+                config.persist.to
+                if "://" in config.persist.to
+                else str(Path(config.persist.to).absolute())
+            )
             persist = m.PersistSettings(url, config.persist.every, config.persist.keep)
         self._persist = persist
         join = m.Join(fit, place.rank, place.members, config.snapshot.keep_alive, persist)
-        self._link = Link(self.paths, join, on_loss=lambda words: self._event("smp replaced", words))
+        self._link = Link(
+            self.paths, join, on_loss=lambda words: self._event("smp replaced", words)
+        )
         faults.identify(rank=place.rank, smp_pid=self._link.smp_pid)
         self._secret = auth.load_or_create_secret(self.paths.secret)
         self._cadence = Cadence(config.snapshot.every, config.snapshot.overhead)
@@ -127,11 +136,21 @@ class Keeper:
         if found is None and wanted is Resume.required:
             raise NothingToResumeError(
                 f"run.resume is 'required', but run {self.identity.run_id} has no snapshot in memory"
-                + (f" and no checkpoint in {self._persist.url}" if self._persist else " and persist.to is not set")
+                + (
+                    f" and no checkpoint in {self._persist.url}"
+                    if self._persist
+                    else " and persist.to is not set"
+                )
                 + ". Start with run.resume=auto to begin anew"
             )
         return found and Restored(
-            found.state["state"], found.state["rng"], found.tick, found.step, found.origin, found.entries, found.identity
+            found.state["state"],
+            found.state["rng"],
+            found.tick,
+            found.step,
+            found.origin,
+            found.entries,
+            found.identity,
         )
 
     def accept(self, restored: Restored, model: Mapping[str, torch.Tensor], prefix: str) -> None:
@@ -145,7 +164,9 @@ class Keeper:
         Raises:
             ModelChangedError: The snapshot belongs to another model; nothing was touched.
         """
-        require_same_model(restored.entries, model, "state." + prefix, self.identity.run_id, restored.step)
+        require_same_model(
+            restored.entries, model, "state." + prefix, self.identity.run_id, restored.step
+        )
         self._link.ask(m.Resume(restored.tick if restored.origin == "memory" else NOTHING), m.Done)
         self._lead(restored.tick // 2)
         self._then = restored.fingerprints
@@ -174,9 +195,14 @@ class Keeper:
         found = newest_common(memory, self.place.agree)
         if self._persist is not None:
             storage = StorageSource(
-                self._persist, store_id(self.identity.run_id, self.fit), self.place.rank, self.place.members
+                self._persist,
+                store_id(self.identity.run_id, self.fit),
+                self.place.rank,
+                self.place.members,
             )
-            stored = newest_common(storage, self.place.agree, newer_than=found.tick if found else -1)
+            stored = newest_common(
+                storage, self.place.agree, newer_than=found.tick if found else -1
+            )
             found = stored or found
         return found
 
@@ -190,7 +216,9 @@ class Keeper:
             why = "a new id at each launch" if not self.identity.stable else "no earlier snapshot"
             if self.config.run.resume is Resume.never:
                 why = "run.resume is never"
-            report.say(f"run {run} · fresh ({why}) · {self.place.world_size} ranks · {self._frequency()}")
+            report.say(
+                f"run {run} · fresh ({why}) · {self.place.world_size} ranks · {self._frequency()}"
+            )
             self.journal.write("start", resumed=False, why=why, **fields)
             return
         lost = max(0, self._reached - restored.step)
@@ -203,9 +231,21 @@ class Keeper:
             f"run {run} · {cause} → resumed from {restored.origin} at step {restored.step}, "
             f"{report.steps(lost)} lost, {report.seconds(took)}, {exactness}{extra}"
         )
-        record = {"origin": restored.origin, "step": restored.step, "steps_lost": lost, "seconds": took, "exact": exact}
+        record = {
+            "origin": restored.origin,
+            "step": restored.step,
+            "steps_lost": lost,
+            "seconds": took,
+            "exact": exact,
+        }
         self.journal.write("start", resumed=True, note=note, **record, **fields)
-        self.journal.write("recovery", cause=cause, rung="snapshot" if restored.origin == "memory" else "checkpoint", **record, **fields)
+        self.journal.write(
+            "recovery",
+            cause=cause,
+            rung="snapshot" if restored.origin == "memory" else "checkpoint",
+            **record,
+            **fields,
+        )
 
     def _last_failure(self) -> dict[str, Any] | None:
         """The newest failure in the journal that no start has followed."""
@@ -230,9 +270,14 @@ class Keeper:
         shard = place.replicas and self.config.snapshot.shard_replicas and place.members > 1
         share = Share(place.local_rank, place.members) if shard else Share(0, 1)
         self._engine = SnapshotEngine(
-            self._link, share, rank=place.rank, secret=self._secret, identity=fingerprints,
+            self._link,
+            share,
+            rank=place.rank,
+            secret=self._secret,
+            identity=fingerprints,
             drop_on_overrun=self.config.snapshot.overrun is Overrun.drop,
-            verify=self.config.snapshot.verify, on_event=self._event,
+            verify=self.config.snapshot.verify,
+            on_event=self._event,
         )
         self._share = share
 
@@ -246,7 +291,9 @@ class Keeper:
         if self.place.rank == 0:
             domain = [what for what, survives in survival_domain().items() if survives]
             total = 2 * size // self._share.replicas * self.place.members
-            report.say(f"{report.gib(total)} of host memory for snapshots on this node · they outlive: {', '.join(domain)}")
+            report.say(
+                f"{report.gib(total)} of host memory for snapshots on this node · they outlive: {', '.join(domain)}"
+            )
 
     def _lead(self, boundary: int) -> None:
         if self.place.local_rank == 0:
@@ -294,13 +341,19 @@ class Keeper:
             assert self._engine is not None
             with self._never_fatal(position.step):
                 self._engine.capture(
-                    position.tick, position.step, {"rng": capture_rng(), "state": state()},
+                    position.tick,
+                    position.step,
+                    {"rng": capture_rng(), "state": state()},
                     {"step": position.step, "epoch": position.epoch, "batch": position.batch},
-                    volatile=volatile(), watch=tuple("state." + w for w in watch),
+                    volatile=volatile(),
+                    watch=tuple("state." + w for w in watch),
                 )
             self._captured_last = not after
         if self.place.local_rank == 0 and not after:
-            board.schedule(number + self._cadence.interval(self._engine.counters.copy_s if self._engine else 0.0))
+            board.schedule(
+                number
+                + self._cadence.interval(self._engine.counters.copy_s if self._engine else 0.0)
+            )
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the same step, with a snapshot of it. Safe in a signal handler."""
@@ -327,7 +380,9 @@ class Keeper:
     def _skip_suspect(self, position: Position) -> None:
         if self._engine is not None:
             self._engine.counters.suspect += 1
-        self._event("suspect", f"step {position.step} has a non-finite loss: the snapshot before it is kept")
+        self._event(
+            "suspect", f"step {position.step} has a non-finite loss: the snapshot before it is kept"
+        )
         with contextlib.suppress(SmpError):
             self._link.ask(m.Drop(position.tick), m.Done)
 
@@ -336,7 +391,7 @@ class Keeper:
         """A snapshot that fails is an event, not an error of the training."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - a user's state_dict may raise anything
+        except Exception as error:
             log.exception("the snapshot of step %d could not be taken", step)
             self._event("snapshot failed", f"step {step}: {type(error).__name__}: {error}")
 
@@ -386,14 +441,19 @@ class Keeper:
             counters = self._engine.counters
             self._engine = None
             self.journal.write(
-                "end", run=self.identity.run_id, fit=self.fit, rank=self.place.rank, finished=finished,
-                counters={k: round(v, 6) for k, v in vars(counters).items()}, storage_bytes_on_step_path=0,
+                "end",
+                run=self.identity.run_id,
+                fit=self.fit,
+                rank=self.place.rank,
+                finished=finished,
+                counters={k: round(v, 6) for k, v in vars(counters).items()},
+                storage_bytes_on_step_path=0,
             )
         self._link.leave(finished=finished)
 
     def _event(self, kind: str, words: str) -> None:
         """A degradation: logged and recorded; training goes on."""
         log.warning("%s: %s", kind, words)
-        self.journal.write("degraded", run=self.identity.run_id, rank=self.place.rank, kind=kind, text=words)
-
-
+        self.journal.write(
+            "degraded", run=self.identity.run_id, rank=self.place.rank, kind=kind, text=words
+        )

@@ -65,7 +65,7 @@ class SeededDataset:
         key = f"{self._seed}|{index.epoch}|{int(index)}".encode()
         seed = xxhash.xxh3_64_intdigest(key)
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that users' transforms draw from
+        np.random.seed(seed % 2**32)
         torch.manual_seed(seed % 2**63)
         try:
             return self.wrapped_dataset[int(index)]
@@ -83,7 +83,9 @@ class ReplaySampler:
         mark_epoch: Yield `SampleIndex` instead of int, for `SeededDataset`.
     """
 
-    def __init__(self, sampler: Any, generator: torch.Generator | None, *, mark_epoch: bool = False) -> None:
+    def __init__(
+        self, sampler: Any, generator: torch.Generator | None, *, mark_epoch: bool = False
+    ) -> None:
         self.inner = sampler
         self._generator = generator
         self._mark_epoch = mark_epoch
@@ -128,7 +130,9 @@ class ReplaySampler:
                 continue
             yield self._marked(drawn)
 
-    def _after_skip(self, resumed: dict[str, Any] | None, digest: int, state: dict[str, Any]) -> None:
+    def _after_skip(
+        self, resumed: dict[str, Any] | None, digest: int, state: dict[str, Any]
+    ) -> None:
         """The consumed part has been drawn again: compare it, and undo what drawing it consumed."""
         if resumed is not None:
             self.order_differs = resumed["digest"] is not None and digest != resumed["digest"]
@@ -198,7 +202,9 @@ def draws_in_workers(loader: Any) -> bool:
 
 def pass_position(consumed: int, length: int | None) -> int:
     """Batches consumed of the current pass of a loader that starts over after ``length``."""
-    return consumed if not length or consumed == 0 else consumed - length * ((consumed - 1) // length)
+    return (
+        consumed if not length or consumed == 0 else consumed - length * ((consumed - 1) // length)
+    )
 
 
 def fast_forward(iterator: Iterable[Any], count: int) -> None:

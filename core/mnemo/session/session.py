@@ -147,8 +147,14 @@ class Session:
         except BaseException:
             keeper.close(finished=False)
             raise
-        exact = self._replay is not None and (not draws_in_workers(loader) or self._config.run.seed_samples)
-        note = "" if exact else "the order of batches is exact; random numbers drawn in loader workers are not"
+        exact = self._replay is not None and (
+            not draws_in_workers(loader) or self._config.run.seed_samples
+        )
+        note = (
+            ""
+            if exact
+            else "the order of batches is exact; random numbers drawn in loader workers are not"
+        )
         keeper.announce(restored, exact=exact, note=note)
         self._keeper = keeper
         return restored.state["position"], restored.rng
@@ -179,7 +185,9 @@ class Session:
             "optimizer": self._optimizer.state_dict(),
             "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
             "position": {
-                "step": self._step, "epoch": self._epoch, "batch": self._batch,
+                "step": self._step,
+                "epoch": self._epoch,
+                "batch": self._batch,
                 "replay": self._replay.state(self._batch) if self._replay is not None else None,
             },
         }
@@ -212,7 +220,9 @@ class Session:
 
 def expected_size(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
     """Bytes of model and optimizer state, the latter guessed where it does not exist yet."""
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values() if torch.is_tensor(t))
+    size = sum(
+        t.numel() * t.element_size() for t in model.state_dict().values() if torch.is_tensor(t)
+    )
     for optimizer in optimizers:
         known = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
         if known:
@@ -220,7 +230,10 @@ def expected_size(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optim
             continue
         moments = _moments(optimizer)
         size += sum(
-            moments * p.numel() * p.element_size() for g in optimizer.param_groups for p in g["params"] if p.requires_grad
+            moments * p.numel() * p.element_size()
+            for g in optimizer.param_groups
+            for p in g["params"]
+            if p.requires_grad
         )
     return size
 

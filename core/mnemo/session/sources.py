@@ -134,9 +134,11 @@ def read_sources(store: CheckpointStore, checkpoint: Checkpoint) -> dict[int, So
     return sources
 
 
-def _candidate(sources: dict[int, Source], rank: int, secret: bytes | None, origin: str) -> Candidate:
+def _candidate(
+    sources: dict[int, Source], rank: int, secret: bytes | None, origin: str
+) -> Candidate:
     state = read_state(sources, rank, secret)
     mine = sources[rank]
-    return Candidate(mine.header.tick, mine.header.step, state, mine.meta.tensors, mine.meta.identity, origin)
-
-
+    return Candidate(
+        mine.header.tick, mine.header.step, state, mine.meta.tensors, mine.meta.identity, origin
+    )

@@ -27,7 +27,12 @@ def _listen(paths: RunPaths) -> tuple[socket.socket, Path]:
         return local.listen(paths.socket), paths.socket
     except OSError as error:
         elsewhere = Path(tempfile.mkdtemp(prefix=f"mnemo-{os.getuid()}-sock-")) / "smp.sock"
-        logging.warning("no unix sockets in %s (%s): listening at %s", paths.directory, error.strerror, elsewhere)
+        logging.warning(
+            "no unix sockets in %s (%s): listening at %s",
+            paths.directory,
+            error.strerror,
+            elsewhere,
+        )
         return local.listen(elsewhere), elsewhere
 
 
@@ -48,7 +53,9 @@ async def _serve(paths: RunPaths, listener: socket.socket, secret: bytes) -> Non
 def main() -> int:
     """Take the lock, listen, serve, clean up. Exit code 3: another SMP serves this run."""
     paths = RunPaths(Path(sys.argv[1]))
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
     lock = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

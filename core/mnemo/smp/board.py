@@ -85,7 +85,9 @@ class Board:
     def report(self, slot: int, position: Position) -> None:
         """Leave a rank's position; ``slot`` counts the ranks of this node from 0."""
         p = position
-        _POSITION.pack_into(self._map, _RECORD * (slot + 1), p.tick, p.step, p.epoch, p.batch, p.time)
+        _POSITION.pack_into(
+            self._map, _RECORD * (slot + 1), p.tick, p.step, p.epoch, p.batch, p.time
+        )
 
     def position(self, slot: int) -> Position:
         """What a rank reported last; all zero if nothing."""
@@ -99,7 +101,14 @@ class Board:
             p = self.position(slot)
             if p.time:
                 found.append(
-                    {"slot": slot, "tick": p.tick, "step": p.step, "epoch": p.epoch, "batch": p.batch, "time": p.time}
+                    {
+                        "slot": slot,
+                        "tick": p.tick,
+                        "step": p.step,
+                        "epoch": p.epoch,
+                        "batch": p.batch,
+                        "time": p.time,
+                    }
                 )
         return found
 

@@ -31,7 +31,9 @@ class SmpClient:
         """Process id of the SMP."""
 
     @classmethod
-    def connect(cls, paths: RunPaths, secret: bytes, timeout_s: float = REPLY_TIMEOUT_S) -> SmpClient:
+    def connect(
+        cls, paths: RunPaths, secret: bytes, timeout_s: float = REPLY_TIMEOUT_S
+    ) -> SmpClient:
         """Connect and prove the secret both ways.
 
         Raises:
@@ -46,17 +48,26 @@ class SmpClient:
                     f"the snapshot process speaks protocol {challenge.protocol}, this mnemo {m.PROTOCOL}: it belongs to another version"
                 )
             nonce = auth.new_nonce()
-            channel.send(m.encode(m.Hello(nonce, auth.proof(secret, "client", nonce, challenge.nonce))))
+            channel.send(
+                m.encode(m.Hello(nonce, auth.proof(secret, "client", nonce, challenge.nonce)))
+            )
             welcome = _receive(channel, m.Welcome)
             if not auth.verify(secret, "server", challenge.nonce, nonce, welcome.proof):
-                raise SmpError("the process that answers does not hold the run's secret: not talking to it")
+                raise SmpError(
+                    "the process that answers does not hold the run's secret: not talking to it"
+                )
         except BaseException:
             channel.close()
             raise
         return cls(channel, welcome.pid)
 
     def ask(
-        self, request: m.Message, answer: type[R], fds: Sequence[int] = (), *, timeout_s: float = REPLY_TIMEOUT_S
+        self,
+        request: m.Message,
+        answer: type[R],
+        fds: Sequence[int] = (),
+        *,
+        timeout_s: float = REPLY_TIMEOUT_S,
     ) -> tuple[R, list[int]]:
         """Send a request and wait for its reply.
 
@@ -79,7 +90,9 @@ class SmpClient:
             raise ProtocolError(f"{type(reply).__name__} in answer to {type(request).__name__}")
         return reply, received
 
-    def tell(self, request: m.Message, fds: Sequence[int] = (), *, timeout_s: float = REPLY_TIMEOUT_S) -> None:
+    def tell(
+        self, request: m.Message, fds: Sequence[int] = (), *, timeout_s: float = REPLY_TIMEOUT_S
+    ) -> None:
         """Send a request that is only acknowledged."""
         self.ask(request, m.Done, fds, timeout_s=timeout_s)
 
@@ -115,5 +128,3 @@ def _error(failure: m.Failure) -> MnemoError:
     if not (isinstance(kind, type) and issubclass(kind, MnemoError)):
         kind = SmpError
     return kind(failure.text)
-
-

@@ -66,7 +66,9 @@ def _spawn(paths: RunPaths) -> None:
     paths.make()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MNEMO_FAULTS",))}
     environment["MNEMO_ROLE"] = "smp"
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in map(os.path.abspath, sys.path) if os.path.isdir(p))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        p for p in map(os.path.abspath, sys.path) if os.path.isdir(p)
+    )
     code = (
         "import os, subprocess, sys; log = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600);"
         "subprocess.Popen([sys.executable, '-m', 'mnemo.smp', sys.argv[1]], stdin=subprocess.DEVNULL,"
@@ -74,7 +76,11 @@ def _spawn(paths: RunPaths) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-S", "-E", "-c", code, str(paths.directory), str(paths.log)],
-        env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SmpError(f"the snapshot process could not be started: {done.stderr.strip()[-500:]}")

@@ -28,7 +28,9 @@ R = TypeVar("R", bound=m.Message)
 class Link:
     """One rank's place at the SMP."""
 
-    def __init__(self, paths: RunPaths, join: m.Join, on_loss: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, paths: RunPaths, join: m.Join, on_loss: Callable[[str], None] | None = None
+    ) -> None:
         """Start or find the SMP and join it.
 
         Args:
@@ -70,7 +72,12 @@ class Link:
         return self._client.pid
 
     def ask(
-        self, request: m.Message, answer: type[R], fds: Sequence[int] = (), *, timeout_s: float = REPLY_TIMEOUT_S
+        self,
+        request: m.Message,
+        answer: type[R],
+        fds: Sequence[int] = (),
+        *,
+        timeout_s: float = REPLY_TIMEOUT_S,
     ) -> tuple[R, list[int]]:
         """As `SmpClient.ask`. A dead SMP is replaced, and the request fails all the same.
 
@@ -80,7 +87,9 @@ class Link:
         try:
             return self._client.ask(request, answer, fds, timeout_s=timeout_s)
         except SmpError as error:
-            if not isinstance(error.__cause__, OSError) and "closed the connection" not in str(error):
+            if not isinstance(error.__cause__, OSError) and "closed the connection" not in str(
+                error
+            ):
                 raise  # it lives, and said no
             self._replace(str(error))
             raise
@@ -95,7 +104,9 @@ class Link:
             return
         old.close()
         if self._on_loss is not None:
-            self._on_loss(f"the snapshot process died ({why}); process {self._client.pid} took its place")
+            self._on_loss(
+                f"the snapshot process died ({why}); process {self._client.pid} took its place"
+            )
 
     def hold(self, index: int, fd: int) -> None:
         """Keep segment ``index``'s descriptor for a later SMP; this object owns it from here on."""

@@ -189,9 +189,33 @@ class Rollback(Message, frozen=True):
 
 
 Request = (
-    Hello | Join | Reserve | Begin | Seal | Drop | Fetch | Resume | Adopt | Leave | Flush | Status | Shutdown | Rollback
+    Hello
+    | Join
+    | Reserve
+    | Begin
+    | Seal
+    | Drop
+    | Fetch
+    | Resume
+    | Adopt
+    | Leave
+    | Flush
+    | Status
+    | Shutdown
+    | Rollback
 )
-Reply = Challenge | Welcome | Failure | Done | Joined | Granted | Sealed | Fetched | Flushed | StatusReply
+Reply = (
+    Challenge
+    | Welcome
+    | Failure
+    | Done
+    | Joined
+    | Granted
+    | Sealed
+    | Fetched
+    | Flushed
+    | StatusReply
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)

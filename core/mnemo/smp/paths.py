@@ -92,14 +92,18 @@ class RunPaths:
         """
         for directory in (self.directory.parent, self.directory):
             try:
-                directory.mkdir(mode=0o700, parents=directory is self.directory.parent, exist_ok=True)
+                directory.mkdir(
+                    mode=0o700, parents=directory is self.directory.parent, exist_ok=True
+                )
                 found = directory.lstat()
             except OSError as error:
                 raise SmpError(
                     f"the run directory {directory} cannot be made: {error.strerror}. Set run.dir to a directory on a local file system"
                 ) from error
             if not stat.S_ISDIR(found.st_mode):
-                raise SmpError(f"the run directory {directory} is not a directory: remove it or set run.dir")
+                raise SmpError(
+                    f"the run directory {directory} is not a directory: remove it or set run.dir"
+                )
             if directory is self.directory and found.st_uid != os.getuid():
                 raise SmpError(
                     f"the run directory {directory} belongs to uid {found.st_uid}, not to uid {os.getuid()}: set run.dir to a directory of your own"

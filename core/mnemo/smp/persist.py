@@ -52,7 +52,9 @@ def verified_stream(fd: int) -> Iterator[bytes]:
         view = memoryview(block)
         for start in range(0, len(block), segment.CHUNK):
             if not segment.verify_chunk(meta.digests, index, view[start : start + segment.CHUNK]):
-                raise IntegrityError(f"chunk {index} of snapshot step {header.step} is damaged in memory: not persisted")
+                raise IntegrityError(
+                    f"chunk {index} of snapshot step {header.step} is damaged in memory: not persisted"
+                )
             index += 1
         yield block
         offset += len(block)
@@ -77,7 +79,10 @@ class Persister:
 
     def due(self) -> bool:
         """Whether the interval has passed and nothing is being written."""
-        return not self.lock.locked() and self._clock.monotonic() - self._last >= self._settings.every_s
+        return (
+            not self.lock.locked()
+            and self._clock.monotonic() - self._last >= self._settings.every_s
+        )
 
     async def write(self, step: int, tick: int, fds: dict[int, int]) -> bool:
         """Store one generation and close ``fds``; False, logged, if that failed."""
@@ -93,18 +98,29 @@ class Persister:
             for fd in fds.values():
                 os.close(fd)
         self.newest_step, self._failure = step, ""
-        log.info("step %d persisted to %s in %.1f s", step, self._store_id, self._clock.monotonic() - self._last)
+        log.info(
+            "step %d persisted to %s in %.1f s",
+            step,
+            self._store_id,
+            self._clock.monotonic() - self._last,
+        )
         return True
 
     def _write(self, step: int, tick: int, fds: dict[int, int]) -> None:
         if self._store is None:
-            self._store = CheckpointStore(self._settings.url, run_id=self._store_id, keep=self._settings.keep)
+            self._store = CheckpointStore(
+                self._settings.url, run_id=self._store_id, keep=self._settings.keep
+            )
         parts = {part_name(rank): (lambda fd=fd: verified_stream(fd)) for rank, fd in fds.items()}
         self._store.write(step, parts, {"tick": tick, "members": len(fds)}, cancel=self._cancel)
 
     def status(self) -> dict[str, Any]:
         """For ``mnemo status``."""
-        return {"newest_step": self.newest_step, "every_s": self._settings.every_s, "failure": self._failure}
+        return {
+            "newest_step": self.newest_step,
+            "every_s": self._settings.every_s,
+            "failure": self._failure,
+        }
 
     async def close(self) -> None:
         """Give up what is being written and end the thread."""

@@ -73,7 +73,14 @@ class Header:
     def encode(self) -> bytes:
         """The header page's used bytes."""
         body = _FIELDS.pack(
-            MAGIC, VERSION, self.state, self.tick, self.step, self.bulk_size, self.meta_size, self.meta_digest
+            MAGIC,
+            VERSION,
+            self.state,
+            self.tick,
+            self.step,
+            self.bulk_size,
+            self.meta_size,
+            self.meta_digest,
         )
         return body + _DIGEST.pack(xxhash.xxh3_64_intdigest(body))
 
@@ -174,7 +181,9 @@ def decode_meta(raw: bytes, header: Header) -> Meta:
     try:
         return _meta_decoder.decode(raw)
     except msgspec.MsgspecError as error:
-        raise IntegrityError(f"the description of snapshot step {header.step} cannot be read: {error}") from error
+        raise IntegrityError(
+            f"the description of snapshot step {header.step} cannot be read: {error}"
+        ) from error
 
 
 def begin(fd: int, tick: int, step: int, bulk_size: int) -> None:
@@ -185,7 +194,9 @@ def begin(fd: int, tick: int, step: int, bulk_size: int) -> None:
 def seal(fd: int, tick: int, step: int, bulk_size: int, meta: Meta) -> None:
     """Write the meta, then the header that makes the segment count."""
     raw = encode_meta(meta)
-    header = Header(GenerationState.SEALED, tick, step, bulk_size, len(raw), xxhash.xxh3_64_intdigest(raw))
+    header = Header(
+        GenerationState.SEALED, tick, step, bulk_size, len(raw), xxhash.xxh3_64_intdigest(raw)
+    )
     os.pwrite(fd, raw, header.meta_offset)
     os.pwrite(fd, header.encode(), 0)
 

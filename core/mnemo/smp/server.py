@@ -20,7 +20,14 @@ import msgspec
 
 from mnemo import errors
 from mnemo.clock import Clock, SystemClock
-from mnemo.errors import HostMemoryError, IntegrityError, MnemoError, ProtocolError, RunInUseError, SmpError
+from mnemo.errors import (
+    HostMemoryError,
+    IntegrityError,
+    MnemoError,
+    ProtocolError,
+    RunInUseError,
+    SmpError,
+)
 from mnemo.smp import messages as m
 from mnemo.smp import segment
 from mnemo.smp.board import Board
@@ -77,7 +84,9 @@ class Connection:
 class Server:
     """Serves until there is nothing left to keep."""
 
-    def __init__(self, paths: RunPaths, listener: socket.socket, secret: bytes, clock: Clock | None = None) -> None:
+    def __init__(
+        self, paths: RunPaths, listener: socket.socket, secret: bytes, clock: Clock | None = None
+    ) -> None:
         self.paths = paths
         self._listener = listener
         self._secret = secret
@@ -90,7 +99,13 @@ class Server:
         self._keep_alive_s = 3600.0
         self._idle_since = self._clock.monotonic()
         self._started = self._clock.time()
-        self._counts = {"sealed": 0, "committed": 0, "refused": 0, "persisted": 0, "persist_failed": 0}
+        self._counts = {
+            "sealed": 0,
+            "committed": 0,
+            "refused": 0,
+            "persisted": 0,
+            "persist_failed": 0,
+        }
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -102,10 +117,14 @@ class Server:
             while not self._stopping.is_set():
                 wait = self._seconds_to_live()
                 if wait <= 0:
-                    log.info("nobody came back within %.0f s: giving the memory back", self._keep_alive_s)
+                    log.info(
+                        "nobody came back within %.0f s: giving the memory back", self._keep_alive_s
+                    )
                     break
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), min(wait, 0.5 if not self._clients else 5.0))
+                    await asyncio.wait_for(
+                        self._stopping.wait(), min(wait, 0.5 if not self._clients else 5.0)
+                    )
         finally:
             acceptor.cancel()
             for task in list(self._tasks):
@@ -179,7 +198,9 @@ class Server:
         ):
             await channel.send(m.encode(m.Failure("SmpError", "the run's secret was not proved")))
             return False
-        await channel.send(m.encode(m.Welcome(auth.proof(self._secret, "server", nonce, hello.nonce), os.getpid())))
+        await channel.send(
+            m.encode(m.Welcome(auth.proof(self._secret, "server", nonce, hello.nonce), os.getpid()))
+        )
         return True
 
     async def _answer_all(self, client: Connection) -> None:
@@ -227,7 +248,9 @@ class Server:
     async def _handle(
         self, client: Connection, request: m.Request, fds: list[int]
     ) -> tuple[m.Message, list[int]]:
-        handlers: dict[type[Any], Callable[[Connection, Any], Awaitable[tuple[m.Message, list[int]]]]] = {
+        handlers: dict[
+            type[Any], Callable[[Connection, Any], Awaitable[tuple[m.Message, list[int]]]]
+        ] = {
             m.Reserve: self._reserve,
             m.Begin: self._begin,
             m.Seal: self._seal,
@@ -256,7 +279,7 @@ class Server:
         return await handler(client, request)
 
     async def _join(self, client: Connection, request: m.Join) -> tuple[m.Message, list[int]]:
-        if not 0 <= request.rank or request.members < 1:
+        if not request.rank >= 0 or request.members < 1:
             raise ProtocolError(f"rank {request.rank} of {request.members} members")
         fit = self._fits.get(request.fit)
         if fit is None or fit.is_finished:
@@ -334,7 +357,9 @@ class Server:
         try:
             return segment.create(f"mnemo:{self.paths.run_id}:{fit.number}:{rank}", size)
         except OSError as error:
-            raise HostMemoryError(f"a snapshot buffer of {_gib(size)} could not be made: {error.strerror}") from error
+            raise HostMemoryError(
+                f"a snapshot buffer of {_gib(size)} could not be made: {error.strerror}"
+            ) from error
 
     def _release(self, fit: Fit, rank: int, index: int) -> None:
         del fit.shelf.rank(rank).slots[index]
@@ -344,9 +369,13 @@ class Server:
         fit = _fit(client)
         header = segment.read_header(_fd(fit, client.rank, request.index))
         if header.state is not GenerationState.SEALED or header.tick != request.tick:
-            raise ProtocolError(f"segment {request.index} does not hold a sealed generation {request.tick}")
+            raise ProtocolError(
+                f"segment {request.index} does not hold a sealed generation {request.tick}"
+            )
         if not fit.shelf.seal(client.rank, request.index, request.tick):
-            raise ProtocolError(f"segment {request.index} was not granted for generation {request.tick}")
+            raise ProtocolError(
+                f"segment {request.index} was not granted for generation {request.tick}"
+            )
         self._counts["sealed"] += 1
         await self._notify(fit)
         return m.Sealed(_generation(fit.shelf.committed()), fit.differ), []
@@ -384,7 +413,9 @@ class Server:
             try:
                 header = segment.read_header(fd)
             except IntegrityError as error:
-                log.warning("segment %d of rank %d is not taken over: %s", index, client.rank, error)
+                log.warning(
+                    "segment %d of rank %d is not taken over: %s", index, client.rank, error
+                )
                 continue
             fit.fds[key] = os.dup(fd)
             shelf.slots[index] = _slot_of(header)
@@ -405,14 +436,18 @@ class Server:
         await self._notify(fit)
         return m.Done(), []
 
-    async def _flush_request(self, client: Connection, request: m.Flush) -> tuple[m.Message, list[int]]:
+    async def _flush_request(
+        self, client: Connection, request: m.Flush
+    ) -> tuple[m.Message, list[int]]:
         del request
         return m.Flushed(await self._flush(_fit(client))), []
 
     async def _rollback(self, request: m.Rollback) -> m.Message:
         for fit in self._fits.values():
             if fit.connected:
-                raise RunInUseError(f"run {self.paths.run_id} is training: end it before rolling back")
+                raise RunInUseError(
+                    f"run {self.paths.run_id} is training: end it before rolling back"
+                )
             for shelf in fit.shelf.ranks.values():
                 for index, slot in shelf.slots.items():
                     if slot.step > request.step:
@@ -448,7 +483,11 @@ class Server:
                 return ""
         found = differing_replica(metas)
         if found:
-            log.warning("replicas differ at generation %d: %s; from now on every rank keeps a whole copy", tick, found)
+            log.warning(
+                "replicas differ at generation %d: %s; from now on every rank keeps a whole copy",
+                tick,
+                found,
+            )
             for rank, index in fit.shelf.members_of(tick).items():
                 fit.shelf.rank(rank).slots[index].damaged = True
         return found
@@ -506,13 +545,22 @@ class Server:
             "finished": fit.is_finished,
             "members": fit.shelf.members,
             "connected": {rank: c.channel.pid for rank, c in fit.connected.items()},
-            "committed": None if committed is None else {"tick": committed[0], "step": committed[1]},
+            "committed": None
+            if committed is None
+            else {"tick": committed[0], "step": committed[1]},
             "differ": fit.differ,
             "memory": sum(s.size for r in fit.shelf.ranks.values() for s in r.slots.values()),
             "progress": fit.board.positions(),
             "persist": None if fit.persister is None else fit.persister.status(),
             "segments": [
-                {"rank": rank, "index": i, "state": s.state.name, "tick": s.tick, "step": s.step, "bytes": s.size}
+                {
+                    "rank": rank,
+                    "index": i,
+                    "state": s.state.name,
+                    "tick": s.tick,
+                    "step": s.step,
+                    "bytes": s.size,
+                }
                 for rank, shelf in sorted(fit.shelf.ranks.items())
                 for i, s in shelf.slots.items()
             ],

@@ -70,9 +70,7 @@ class Shelf:
 
     def _abandoned(self, tick: int) -> bool:
         """Whether some member has gone past ``tick`` without sealing it: it can never commit."""
-        return any(
-            shelf.begun > tick and shelf.find(tick) is None for shelf in self.ranks.values()
-        )
+        return any(shelf.begun > tick and shelf.find(tick) is None for shelf in self.ranks.values())
 
     def _is_free(self, slot: Slot, committed: tuple[int, int] | None) -> bool:
         if slot.pins or slot.state is GenerationState.WRITING:

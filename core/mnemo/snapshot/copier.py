@@ -34,7 +34,11 @@ class Piece:
 
 
 def pieces_of(
-    layout: Layout, sources: list[Bytes | torch.Tensor], start: int, stop: int, numbers: list[str] | None = None
+    layout: Layout,
+    sources: list[Bytes | torch.Tensor],
+    start: int,
+    stop: int,
+    numbers: list[str] | None = None,
 ) -> list[list[Piece]]:
     """What every chunk of ``[start, stop)`` of the bulk space consists of; gaps are zeros.
 
@@ -115,7 +119,7 @@ def hash_chunk(pieces: list[Piece]) -> int:
     """The xxh3-64 that a chunk of ``pieces`` would have."""
     h = xxhash.xxh3_64()
     for piece in pieces:
-        h.update(piece.source.cpu().numpy() if isinstance(piece.source, torch.Tensor) else piece.source)
+        h.update(
+            piece.source.cpu().numpy() if isinstance(piece.source, torch.Tensor) else piece.source
+        )
     return h.intdigest()
-
-

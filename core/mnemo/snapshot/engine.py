@@ -181,7 +181,13 @@ class SnapshotEngine:
         shared = [tensors[i][1] for i in plan.shared]
         count = self.counters.captured
         self._job = _Job(
-            tick, step, plan, tree.pack(skeleton), position, shared, [t._version for t in shared],
+            tick,
+            step,
+            plan,
+            tree.pack(skeleton),
+            position,
+            shared,
+            [t._version for t in shared],
             verify=self._verify or count < _FIRST_VERIFIED or count % _VERIFY_EVERY == 0,
         )
         self.counters.captured += 1
@@ -216,26 +222,46 @@ class SnapshotEngine:
     # --- what is where ------------------------------------------------------------------------
 
     def _plan_for(
-        self, tensors: list[tuple[str, torch.Tensor]], volatile: Collection[int], watch: tuple[str, ...]
+        self,
+        tensors: list[tuple[str, torch.Tensor]],
+        volatile: Collection[int],
+        watch: tuple[str, ...],
     ) -> _Plan:
         """The plan of the same tensors as last time, or a new one."""
         pointers = [t.data_ptr() for _, t in tensors]
         signature = [(name, t.dtype, t.shape, t.stride(), t.device) for name, t in tensors]
         own = [
-            p in volatile or t.numel() * t.element_size() <= SMALL or name in self._at_once or not is_dense(t)
+            p in volatile
+            or t.numel() * t.element_size() <= SMALL
+            or name in self._at_once
+            or not is_dense(t)
             for (name, t), p in zip(tensors, pointers, strict=True)
         ]
         plan = self._plan
-        if plan is None or plan.signature != signature or plan.own != [i for i, o in enumerate(own) if o]:
+        if (
+            plan is None
+            or plan.signature != signature
+            or plan.own != [i for i, o in enumerate(own) if o]
+        ):
             tensors = [(name, t if is_dense(t) else t.contiguous()) for name, t in tensors]
             layout = make_layout(tensors, own)
             plan = self._plan = _Plan(
-                signature, layout, [i for i, o in enumerate(own) if o], [i for i, o in enumerate(own) if not o],
-                [_number(name, t, watch) for name, t in tensors], [], [], np.zeros(layout.own_padded, dtype=np.uint8),
+                signature,
+                layout,
+                [i for i, o in enumerate(own) if o],
+                [i for i, o in enumerate(own) if not o],
+                [_number(name, t, watch) for name, t in tensors],
+                [],
+                [],
+                np.zeros(layout.own_padded, dtype=np.uint8),
             )
         if plan.pointers != pointers:
             old = dict(zip(plan.pointers, plan.sources, strict=True))
-            shared_moved = [plan.pointers[i] for i in plan.shared] != [pointers[i] for i in plan.shared] if plan.pointers else True
+            shared_moved = (
+                [plan.pointers[i] for i in plan.shared] != [pointers[i] for i in plan.shared]
+                if plan.pointers
+                else True
+            )
             plan.sources = [
                 old[p] if p in old and len(old[p]) == e.nbytes and is_dense(t) else _view(t)
                 for p, (_, t), e in zip(pointers, tensors, plan.layout.entries, strict=True)
@@ -259,11 +285,13 @@ class SnapshotEngine:
                 job.copied.set()
                 self._on_event("snapshot failed", f"step {job.step}: {error}")
                 self._tell_dropped(job)
-            except Exception as error:  # noqa: BLE001 - whatever it is must not reach the training
+            except Exception as error:
                 self.counters.failed += 1
                 job.copied.set()
                 log.exception("snapshot of step %d failed", job.step)
-                self._on_event("snapshot failed", f"step {job.step}: {type(error).__name__}: {error}")
+                self._on_event(
+                    "snapshot failed", f"step {job.step}: {type(error).__name__}: {error}"
+                )
             finally:
                 job.tensors = []
                 job.granted.set()
@@ -283,34 +311,59 @@ class SnapshotEngine:
         fd = fds[0]
         begun = time.perf_counter()
         segment.begin(fd, job.tick, job.step, size)
-        own, _ = copier.copy_chunks(bulk, self._unless_cancelled(job, _stage_chunks(job.plan.stage)))
+        own, _ = copier.copy_chunks(
+            bulk, self._unless_cancelled(job, _stage_chunks(job.plan.stage))
+        )
         if job.plan.chunks is None:
             base = layout.own_padded
-            job.plan.chunks = copier.pieces_of(layout, job.plan.sources, base, layout.total, job.plan.numbers)
+            job.plan.chunks = copier.pieces_of(
+                layout, job.plan.sources, base, layout.total, job.plan.numbers
+            )
         chunks = job.plan.chunks[start // CHUNK : -(-stop // CHUNK)]
         faults.reach("mid_copy", step=job.step)
-        shared, finite = copier.copy_chunks(bulk[layout.own_padded :], self._unless_cancelled(job, chunks))
+        shared, finite = copier.copy_chunks(
+            bulk[layout.own_padded :], self._unless_cancelled(job, chunks)
+        )
         witness = self._witness(job.plan, start // CHUNK, -(-stop // CHUNK))
         self._check_untouched(job, chunks, shared)
         self.counters.copy_s = time.perf_counter() - begun
         job.copied.set()
         if not finite:
             self.counters.suspect += 1
-            self._on_event("suspect", f"step {job.step} has non-finite parameters: the snapshot before it is kept")
+            self._on_event(
+                "suspect",
+                f"step {job.step} has non-finite parameters: the snapshot before it is kept",
+            )
             raise _CancelledError("non-finite parameters")
         faults.reach("seal", step=job.step)
         self._seal(job, granted.index, fd, size, (start, stop), own + shared, witness)
 
     def _seal(
-        self, job: _Job, index: int, fd: int, size: int, share: tuple[int, int], digests: bytes, witness: dict[int, int]
+        self,
+        job: _Job,
+        index: int,
+        fd: int,
+        size: int,
+        share: tuple[int, int],
+        digests: bytes,
+        witness: dict[int, int],
     ) -> None:
         layout = job.plan.layout
         if job.cancelled:
             raise _CancelledError("given up before it was sealed")
         meta = segment.Meta(
-            rank=self._rank, members=self._share.replicas, tensors=layout.entries, own_size=layout.own_size,
-            shared_start=share[0], shared_stop=share[1], total=layout.total, digests=digests, small=job.small,
-            small_mac=auth.mac(self._secret, "small", job.small), identity=self._identity, position=job.position,
+            rank=self._rank,
+            members=self._share.replicas,
+            tensors=layout.entries,
+            own_size=layout.own_size,
+            shared_start=share[0],
+            shared_stop=share[1],
+            total=layout.total,
+            digests=digests,
+            small=job.small,
+            small_mac=auth.mac(self._secret, "small", job.small),
+            identity=self._identity,
+            position=job.position,
             witness=witness,
         )
         segment.seal(fd, job.tick, job.step, size, meta)
@@ -319,17 +372,23 @@ class SnapshotEngine:
         self.committed = sealed.committed or self.committed
         if sealed.differ and self._share.replicas > 1:
             self._share = Share(0, 1)
-            self._on_event("replicas differ", f"{sealed.differ}: from now on every rank keeps a whole copy")
+            self._on_event(
+                "replicas differ", f"{sealed.differ}: from now on every rank keeps a whole copy"
+            )
 
     def _map(self, granted: m.Granted, fd: int, size: int) -> Bytes:
         """The bulk of the granted segment, mapped once and kept; ``fd`` is this object's now."""
         inode = os.fstat(fd).st_ino
-        self._drop_maps({i for i in granted.live if i != granted.index or self._inodes.get(i) == inode})
+        self._drop_maps(
+            {i for i in granted.live if i != granted.index or self._inodes.get(i) == inode}
+        )
         self._link.hold(granted.index, fd)
         view = self._maps.get(granted.index)
         if view is None:
             mapped = mmap.mmap(fd, PAGE + segment.page_up(size))
-            view = self._maps[granted.index] = np.frombuffer(mapped, dtype=np.uint8, count=size, offset=PAGE)
+            view = self._maps[granted.index] = np.frombuffer(
+                mapped, dtype=np.uint8, count=size, offset=PAGE
+            )
             self._inodes[granted.index] = inode
             _populate(view)
         return view
@@ -341,7 +400,9 @@ class SnapshotEngine:
         self._link.forget(set(self._maps))
 
     @staticmethod
-    def _unless_cancelled(job: _Job, chunks: list[list[copier.Piece]]) -> Iterator[list[copier.Piece]]:
+    def _unless_cancelled(
+        job: _Job, chunks: list[list[copier.Piece]]
+    ) -> Iterator[list[copier.Piece]]:
         for chunk in chunks:
             if job.cancelled:
                 raise _CancelledError("the update did not wait")
@@ -352,14 +413,20 @@ class SnapshotEngine:
         if self._share.replicas == 1 or plan.chunks is None:
             return {}
         others = [i for i in range(len(plan.chunks)) if not first <= i < stop]
-        chosen = others if plan.witnessed == 0 else others[plan.witnessed % _WITNESS_ROUNDS :: _WITNESS_ROUNDS]
+        chosen = (
+            others
+            if plan.witnessed == 0
+            else others[plan.witnessed % _WITNESS_ROUNDS :: _WITNESS_ROUNDS]
+        )
         plan.witnessed += 1
         return {i: copier.hash_chunk(plan.chunks[i]) for i in chosen}
 
     def _check_untouched(self, job: _Job, chunks: list[list[copier.Piece]], digests: bytes) -> None:
         """Nothing was written while it was being copied, or the snapshot is void."""
         names = [job.plan.signature[i][0] for i in job.plan.shared]
-        touched = [n for n, t, v in zip(names, job.tensors, job.versions, strict=True) if t._version != v]
+        touched = [
+            n for n, t, v in zip(names, job.tensors, job.versions, strict=True) if t._version != v
+        ]
         if job.verify and not touched:
             for i, chunk in enumerate(chunks):
                 if copier.hash_chunk(chunk).to_bytes(8, "little") != digests[8 * i : 8 * i + 8]:
@@ -382,7 +449,8 @@ class SnapshotEngine:
 
 def _stage_chunks(stage: Bytes) -> list[list[copier.Piece]]:
     return [
-        [copier.Piece(0, min(CHUNK, len(stage) - i), stage[i : i + CHUNK])] for i in range(0, len(stage), CHUNK)
+        [copier.Piece(0, min(CHUNK, len(stage) - i), stage[i : i + CHUNK])]
+        for i in range(0, len(stage), CHUNK)
     ]
 
 
@@ -404,7 +472,11 @@ def _tensors_of(plan: _Plan, chunk: list[copier.Piece], names: list[str]) -> lis
     for piece in chunk:
         for name, i in zip(names, plan.shared, strict=True):
             source = plan.sources[i]
-            if isinstance(source, np.ndarray) and isinstance(piece.source, np.ndarray) and np.may_share_memory(piece.source, source):
+            if (
+                isinstance(source, np.ndarray)
+                and isinstance(piece.source, np.ndarray)
+                and np.may_share_memory(piece.source, source)
+            ):
                 found.append(name)
     return found
 

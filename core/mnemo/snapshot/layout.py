@@ -81,7 +81,12 @@ def make_layout(tensors: list[tuple[str, torch.Tensor]], own: list[bool]) -> Lay
             align = PAGE if size >= PAGE else _ALIGN
             offset = -(-offset // align) * align
             entries[i] = TensorEntry(
-                name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tuple(tensor.stride()), offset, size
+                name,
+                str(tensor.dtype).removeprefix("torch."),
+                tuple(tensor.shape),
+                tuple(tensor.stride()),
+                offset,
+                size,
             )
             offset += size
 
@@ -89,11 +94,15 @@ def make_layout(tensors: list[tuple[str, torch.Tensor]], own: list[bool]) -> Lay
     own_size = offset
     offset = own_padded = -(-own_size // CHUNK) * CHUNK
     place([i for i, is_own in enumerate(own) if not is_own])
-    return Layout(tuple(e for e in entries if e is not None), own_size, own_padded, max(offset, own_padded))
+    return Layout(
+        tuple(e for e in entries if e is not None), own_size, own_padded, max(offset, own_padded)
+    )
 
 
 def rebuild(entry: TensorEntry, memory: torch.Tensor) -> torch.Tensor:
     """A tensor as ``entry`` describes it, over ``memory`` (1-D uint8 of its size)."""
     dtype = getattr(torch, entry.dtype)
     flat = memory.view(dtype)
-    return flat.as_strided(entry.shape, entry.strides) if entry.nbytes else flat.reshape(entry.shape)
+    return (
+        flat.as_strided(entry.shape, entry.strides) if entry.nbytes else flat.reshape(entry.shape)
+    )

@@ -96,11 +96,15 @@ def read_state(sources: Mapping[int, Source], rank: int, secret: bytes | None) -
         raise IntegrityError(f"the generation holds nothing of rank {rank}")
     trusted = secret is None or mine.meta.small_mac == auth.mac(secret, "small", mine.meta.small)
     if not trusted:
-        raise IntegrityError(f"the small state of rank {rank} at step {mine.header.step} fails its MAC")
+        raise IntegrityError(
+            f"the small state of rank {rank} at step {mine.header.step} fails its MAC"
+        )
     try:
         skeleton = tree.unpack(mine.meta.small, trusted=True)
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-        raise IntegrityError(f"the small state of rank {rank} at step {mine.header.step} cannot be opened: {error}") from error
+        raise IntegrityError(
+            f"the small state of rank {rank} at step {mine.header.step} cannot be opened: {error}"
+        ) from error
     memory = _gather(mine.meta, [mine, *(s for r, s in sources.items() if r != rank)])
     entries = mine.meta.tensors
     return tree.put_together(skeleton, lambda i: rebuild(entries[i], torch.from_numpy(memory[i])))
@@ -116,8 +120,14 @@ def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
     for number, source in enumerate(sources):
         if missing == 0:
             break
-        if number and source.meta.tensors and source.meta.total - _padded(source.meta) != meta.total - padded:
-            raise IntegrityError(f"rank {source.meta.rank} shares out another state than rank {meta.rank}")
+        if (
+            number
+            and source.meta.tensors
+            and source.meta.total - _padded(source.meta) != meta.total - padded
+        ):
+            raise IntegrityError(
+                f"rank {source.meta.rank} shares out another state than rank {meta.rank}"
+            )
         for place, chunk in source.chunks():
             offset = place
             if number:  # another rank's: only the shared part counts, from where ours begins
@@ -126,7 +136,9 @@ def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
                 offset = place - _padded(source.meta) + padded
             missing -= _scatter(meta.tensors, order, starts, memory, offset, chunk)
     if missing:
-        raise IntegrityError(f"{missing} bytes of rank {meta.rank}'s state are in no segment of the generation")
+        raise IntegrityError(
+            f"{missing} bytes of rank {meta.rank}'s state are in no segment of the generation"
+        )
     return memory
 
 
@@ -135,7 +147,12 @@ def _padded(meta: Meta) -> int:
 
 
 def _scatter(
-    entries: tuple[TensorEntry, ...], order: list[int], starts: list[int], memory: list[Bytes], offset: int, chunk: memoryview
+    entries: tuple[TensorEntry, ...],
+    order: list[int],
+    starts: list[int],
+    memory: list[Bytes],
+    offset: int,
+    chunk: memoryview,
 ) -> int:
     """Copy what tensors have in ``chunk``, which lies at ``offset``; the bytes copied."""
     source: Bytes = np.frombuffer(chunk, dtype=np.uint8)

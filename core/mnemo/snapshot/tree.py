@@ -49,9 +49,13 @@ def take_apart(tree: object) -> tuple[object, list[tuple[str, torch.Tensor]]]:
                 found.append((path, value))
             return {MARK: index}
         if isinstance(value, dict):
-            return _like(value, {k: visit(v, f"{path}.{k}" if path else str(k)) for k, v in value.items()})
+            return _like(
+                value, {k: visit(v, f"{path}.{k}" if path else str(k)) for k, v in value.items()}
+            )
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(visit(v, f"{path}.{k}") for k, v in zip(value._fields, value, strict=True)))
+            return type(value)(
+                *(visit(v, f"{path}.{k}") for k, v in zip(value._fields, value, strict=True))
+            )
         if type(value) in (list, tuple):
             return type(value)(visit(v, f"{path}.{i}") for i, v in enumerate(value))
         return value
@@ -108,5 +112,3 @@ def unpack(raw: bytes, *, trusted: bool) -> Any:
         if not trusted:
             raise
     return torch.load(io.BytesIO(raw), weights_only=False)
-
-

@@ -71,7 +71,9 @@ def load_or_create_secret(path: Path) -> bytes:
     except OSError as error:
         raise SmpError(f"the secret file {source} cannot be read: {error.strerror}") from error
     if mode & 0o077:
-        raise SmpError(f"the secret file {source} is open to others (mode {mode & 0o777:o}): chmod 600 it")
+        raise SmpError(
+            f"the secret file {source} is open to others (mode {mode & 0o777:o}): chmod 600 it"
+        )
     if len(content) < NONCE_BYTES:
         raise SmpError(
             f"the secret file {source} holds {len(content)} bytes; at least {NONCE_BYTES} are needed: "

@@ -73,13 +73,17 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
             fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         close_all(fds)
-        raise ProtocolError(f"a control message is longer than {MAX_MESSAGE} bytes or carries over {MAX_FDS} descriptors")
+        raise ProtocolError(
+            f"a control message is longer than {MAX_MESSAGE} bytes or carries over {MAX_FDS} descriptors"
+        )
     return data, list(fds)
 
 
 def _send(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
     if len(data) > MAX_MESSAGE or len(fds) > MAX_FDS:
-        raise ProtocolError(f"a control message of {len(data)} bytes with {len(fds)} descriptors is too large")
+        raise ProtocolError(
+            f"a control message of {len(data)} bytes with {len(fds)} descriptors is too large"
+        )
     if fds:
         socket.send_fds(sock, [data], fds, socket.MSG_NOSIGNAL)
     else:
@@ -130,7 +134,9 @@ class BlockingChannel:
         try:
             data, fds = _receive(self._sock)
         except TimeoutError as error:
-            raise SmpError(f"the snapshot process did not answer within {self._sock.gettimeout()} s") from error
+            raise SmpError(
+                f"the snapshot process did not answer within {self._sock.gettimeout()} s"
+            ) from error
         except OSError as error:
             raise SmpError(f"the snapshot process went away: {error.strerror}") from error
         if not data:
