@@ -183,3 +183,25 @@ dist.destroy_process_group()
     assert [r["rank"] for r in ended.records("failure")] == [0]
     ports = [r["life"] for r in ended.records("launch")]
     assert ports == [0, 1]
+
+
+def test_what_a_rank_leaves_behind_may_finish_within_the_grace_period(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("""
+import os, subprocess, sys
+uploader = '''
+import os, signal, sys
+def finish(*_):
+    print("uploaded", flush=True)
+    os._exit(0)
+signal.signal(signal.SIGTERM, finish)
+os.write(int(sys.argv[1]), b"ready")
+while True:
+    signal.pause()
+'''
+read_end, write_end = os.pipe()
+subprocess.Popen([sys.executable, "-c", uploader, str(write_end)], pass_fds=[write_end],
+                 start_new_session=True)
+assert os.read(read_end, 5) == b"ready"
+""")
+    ended = launch("train.py", cwd=tmp_path)
+    assert (ended.code, ended.out) == (0, "uploaded\n"), ended.err

@@ -117,7 +117,11 @@ def test_modules_and_programs_can_be_run(tmp_path: Path, script: Any) -> None:
     ("words", "said", "code"),
     [
         (["absent.py"], "the script absent.py does not exist", 1),
-        (["--no-python", "absent-program"], "cannot start absent-program: No such file", 1),
+        (
+            ["--no-python", "absent-program"],
+            "cannot start rank 0: [Errno 2] No such file or directory: 'absent-program'",
+            1,
+        ),
         (["--nnodes=2", "train.py"], "several nodes are not available in this version", 1),
         (["--nproc-per-node=many", "train.py"], "--nproc-per-node=many is none of", 1),
         (["--max-restarts=-1", "train.py"], "--max-restarts=-1 is negative", 1),
