@@ -225,7 +225,11 @@ class Keeper:
         failure = self._last_failure()
         took = time.time() - (failure["time"] if failure else self._opened)
         exactness = "exact" if exact else "not exact"
-        cause = failure.get("cause", "the last life ended") if failure else "an earlier life ended"
+        cause = (
+            f"rank {failure.get('rank')} {failure.get('cause')}"
+            if failure
+            else "an earlier life ended"
+        )
         extra = f" ({note})" if note else ""
         report.say(
             f"run {run} · {cause} → resumed from {restored.origin} at step {restored.step}, "

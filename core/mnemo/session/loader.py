@@ -106,11 +106,14 @@ class ReplaySampler:
         return getattr(self.inner, name)
 
     def __iter__(self) -> Iterator[Any]:
+        # Not a generator itself: an iterator that is made but never drawn from, as that of an
+        # epoch which was interrupted after its last batch, has to count as the resumed pass.
         resumed, self._resume = self._resume, None
         skip, self._skip = self._skip, 0
-        self._passes += 1
-        if resumed is not None:
-            self._passes = int(resumed["pass"])
+        self._passes = self._passes + 1 if resumed is None else int(resumed["pass"])
+        return self._draw(resumed, skip)
+
+    def _draw(self, resumed: dict[str, Any] | None, skip: int) -> Iterator[Any]:
         state = self._random_state()
         if resumed is not None:
             self._set_random_state(resumed["random"])
