@@ -129,9 +129,14 @@ class Drop(Message, frozen=True):
 
 
 class Fetch(Message, frozen=True):
-    """Ask for the newest committed generation, older than tick ``below`` if that is not 0."""
+    """Ask for the newest committed generation, older than tick ``below`` if that is not 0.
+
+    It stays unchanged until the next `Fetch` of this connection, or its end.
+    """
 
     below: int = 0
+    fit: int | None = None
+    """For tools, which join no fit: whose generation."""
 
 
 class Fetched(Message, frozen=True):
@@ -179,11 +184,13 @@ class StatusReply(Message, frozen=True):
 
 
 class Shutdown(Message, frozen=True):
-    """Give all memory back and exit (``mnemo clean``)."""
+    """Give all memory back and exit (``mnemo clean``). Refused under a training unless forced."""
+
+    force: bool = False
 
 
 class Rollback(Message, frozen=True):
-    """Forget generations newer than ``step``."""
+    """Forget generations newer than ``step``. Refused under a training."""
 
     step: int
 

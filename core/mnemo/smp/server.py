@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 import struct
@@ -34,7 +35,7 @@ from mnemo.smp.board import Board
 from mnemo.smp.memory import memory_limit
 from mnemo.smp.paths import RunPaths
 from mnemo.smp.persist import Persister
-from mnemo.smp.shelf import RankShelf, Shelf, Slot
+from mnemo.smp.shelf import Shelf, Slot
 from mnemo.transport import auth, local
 from mnemo.types import GenerationState
 
@@ -58,11 +59,20 @@ class Fit:
     persister: Persister | None = None
     checked: int = -1
     """Newest tick whose replicas were compared."""
+    committed_at: float = 0.0
+    """When that tick was committed, unix seconds."""
 
     @property
     def is_finished(self) -> bool:
         """Every member left and said that nothing is to be resumed."""
         return len(self.finished) >= self.shelf.members
+
+    def rewound(self) -> None:
+        """What was committed may be older now: what follows is compared and persisted anew."""
+        tick, step = self.shelf.committed() or (-1, -1)
+        self.checked = min(self.checked, tick)
+        if self.persister is not None:
+            self.persister.newest_step = min(self.persister.newest_step, step)
 
     def release(self) -> None:
         """Give all memory back."""
@@ -79,6 +89,16 @@ class Connection:
     channel: local.AsyncChannel
     rank: int = -1
     fit: Fit | None = None
+    reading: list[Slot] = field(default_factory=list)
+    """What it fetched last, pinned."""
+
+    def read(self, slots: list[Slot]) -> None:
+        """Pin ``slots``, and no longer those before."""
+        for slot in slots:
+            slot.pins += 1
+        for slot in self.reading:
+            slot.pins -= 1
+        self.reading = slots
 
 
 class Server:
@@ -148,13 +168,15 @@ class Server:
         self.stop()
 
     def _seconds_to_live(self) -> float:
-        if self._clients:
+        if any(fit.connected for fit in self._fits.values()):
             self._idle_since = self._clock.monotonic()
             return float("inf")
         keep = LINGER_S if all(f.is_finished for f in self._fits.values()) else self._keep_alive_s
         if not self._fits:
             keep = min(60.0, self._keep_alive_s)  # started, but nobody has joined yet
-        return self._idle_since + keep - self._clock.monotonic()
+        left = self._idle_since + keep - self._clock.monotonic()
+        # A tool that looks on does not prolong the run's life, but is answered to its end.
+        return max(left, LINGER_S) if self._clients else left
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -175,7 +197,9 @@ class Server:
             log.info("connection of rank %d ended: %s", client.rank, error)
         finally:
             self._clients.discard(client)
-            self._idle_since = self._clock.monotonic()
+            if client.rank >= 0:
+                self._idle_since = self._clock.monotonic()
+            client.read([])
             await self._gone(client)
             channel.close()
 
@@ -255,7 +279,6 @@ class Server:
             m.Begin: self._begin,
             m.Seal: self._seal,
             m.Drop: self._drop,
-            m.Fetch: self._fetch,
             m.Resume: self._resume,
             m.Leave: self._leave,
             m.Flush: self._flush_request,
@@ -265,10 +288,14 @@ class Server:
         if isinstance(request, m.Status):
             return m.StatusReply(msgspec.json.encode(self.status())), []
         if isinstance(request, m.Shutdown):
+            if not request.force:
+                self._refuse_while_training()
             self.stop()
             return m.Done(), []
         if isinstance(request, m.Rollback):
             return await self._rollback(request), []
+        if isinstance(request, m.Fetch):
+            return self._fetch(client, request)
         if client.fit is None:
             raise ProtocolError(f"{type(request).__name__} before Join")
         if isinstance(request, m.Adopt):
@@ -386,17 +413,21 @@ class Server:
         await self._notify(fit)
         return m.Done(), []
 
-    async def _fetch(self, client: Connection, request: m.Fetch) -> tuple[m.Message, list[int]]:
-        fit = _fit(client)
-        committed = fit.shelf.committed(below=request.below or None)
-        if committed is None:
+    def _fetch(self, client: Connection, request: m.Fetch) -> tuple[m.Message, list[int]]:
+        fit = client.fit if request.fit is None else self._fits.get(request.fit)
+        committed = None if fit is None else fit.shelf.committed(below=request.below or None)
+        if fit is None or committed is None:
+            client.read([])
             return m.Fetched(None), []
         indexes = fit.shelf.members_of(committed[0])
+        if client.fit is None:
+            client.read([fit.shelf.rank(rank).slots[i] for rank, i in indexes.items()])
         return m.Fetched(_generation(committed)), [fit.fds[rank, i] for rank, i in indexes.items()]
 
     async def _resume(self, client: Connection, request: m.Resume) -> tuple[m.Message, list[int]]:
         fit = _fit(client)
         fit.shelf.forget_after(client.rank, request.tick)
+        fit.rewound()
         await self._notify(fit)
         return m.Done(), []
 
@@ -442,16 +473,25 @@ class Server:
         del request
         return m.Flushed(await self._flush(_fit(client))), []
 
+    def _refuse_while_training(self) -> None:
+        pids = [c.channel.pid for fit in self._fits.values() for c in fit.connected.values()]
+        if pids:
+            raise RunInUseError(
+                f"run {self.paths.run_id} is training (process {', '.join(map(str, pids))}): end it first"
+            )
+
     async def _rollback(self, request: m.Rollback) -> m.Message:
-        for fit in self._fits.values():
-            if fit.connected:
-                raise RunInUseError(
-                    f"run {self.paths.run_id} is training: end it before rolling back"
-                )
-            for shelf in fit.shelf.ranks.values():
-                for index, slot in shelf.slots.items():
-                    if slot.step > request.step:
-                        fit.shelf.void(_rank_of(fit, shelf), index)
+        async with contextlib.AsyncExitStack() as persisting:
+            for fit in self._fits.values():
+                if fit.persister is not None:
+                    await persisting.enter_async_context(fit.persister.lock)
+            self._refuse_while_training()
+            for fit in self._fits.values():
+                for rank, shelf in fit.shelf.ranks.items():
+                    for index, slot in shelf.slots.items():
+                        if slot.step > request.step:
+                            fit.shelf.void(rank, index)
+                fit.rewound()
         return m.Done()
 
     # --- commits ------------------------------------------------------------------------------
@@ -460,7 +500,7 @@ class Server:
         """Something changed: compare replicas of a new commit, persist it if due, wake waiters."""
         committed = fit.shelf.committed()
         if committed is not None and committed[0] > fit.checked:
-            fit.checked = committed[0]
+            fit.checked, fit.committed_at = committed[0], self._clock.time()
             self._counts["committed"] += 1
             fit.differ = fit.differ or self._compare(fit, committed[0])
             self._persist_if_due(fit)
@@ -533,6 +573,7 @@ class Server:
             "pid": os.getpid(),
             "started": self._started,
             "keep_alive_s": self._keep_alive_s,
+            "kept_for_s": None if math.isinf(left := self._seconds_to_live()) else max(left, 0.0),
             "clients": len(self._clients),
             "counts": dict(self._counts),
             "fits": [self._fit_status(fit) for fit in self._fits.values()],
@@ -547,7 +588,7 @@ class Server:
             "connected": {rank: c.channel.pid for rank, c in fit.connected.items()},
             "committed": None
             if committed is None
-            else {"tick": committed[0], "step": committed[1]},
+            else {"tick": committed[0], "step": committed[1], "time": fit.committed_at},
             "differ": fit.differ,
             "memory": sum(s.size for r in fit.shelf.ranks.values() for s in r.slots.values()),
             "progress": fit.board.positions(),
@@ -605,10 +646,6 @@ def _slot_of(header: segment.Header) -> Slot:
     if header.state is GenerationState.SEALED:
         return Slot(header.bulk_size, GenerationState.SEALED, header.tick, header.step)
     return Slot(header.bulk_size)
-
-
-def _rank_of(fit: Fit, wanted: RankShelf) -> int:
-    return next(rank for rank, shelf in fit.shelf.ranks.items() if shelf is wanted)
 
 
 def _fit(client: Connection) -> Fit:

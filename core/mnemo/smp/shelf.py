@@ -150,7 +150,7 @@ class Shelf:
         """Void everything of ``rank`` newer than ``tick``: training goes on from there."""
         shelf = self.rank(rank)
         for index, slot in shelf.slots.items():
-            if slot.tick > tick and not slot.pins:
+            if slot.tick > tick:  # a reader goes on reading it: pinned, it is not granted
                 self.void(rank, index)
         shelf.begun = tick
 
