@@ -190,14 +190,30 @@ def test_later_launches_of_a_run_keep_the_logs_of_earlier_ones(tmp_path: Path, s
     assert logs(0) == logs(1) == {"rank-0.log": "here\n"}
 
 
-def test_a_rank_that_leaves_early_is_a_failure_after_the_grace_period(
+JOIN = """
+from mnemo.smp import lifecycle, messages as m
+from mnemo.smp.paths import RunPaths
+client = lifecycle.ensure(RunPaths.of(os.environ["MNEMO_RUN_ID"], os.environ["MNEMO_RUN__DIR"]))
+board = client.ask(m.Join(0, rank, 2, 5.0), m.Joined)[1]
+"""
+
+
+def test_a_rank_that_leaves_a_training_early_is_a_failure_after_the_grace_period(
     tmp_path: Path, script: Any
 ) -> None:
-    name = script("if rank == 0: wait()")
+    name = script(JOIN + "if rank == 0: wait()")
     words = ["recover.grace=200ms", "--nproc-per-node=2", "--max-restarts=0"]
     ended = launch(*words, name, cwd=tmp_path)
     assert ended.code == 1
     assert "rank 1 exited with code 0 while others were still training" in ended.err
+
+
+def test_a_rank_that_works_on_after_the_training_is_waited_for(tmp_path: Path, script: Any) -> None:
+    ended_training = JOIN + "client.tell(m.Leave(True)); client.close()\n"
+    name = script(ended_training + "if rank == 0: time.sleep(1.5)\nprint('done', rank)")
+    ended = launch("recover.grace=200ms", "--nproc-per-node=2", name, cwd=tmp_path)
+    assert ended.code == 0
+    assert "done 0" in ended.out
 
 
 def test_ranks_may_end_one_after_the_other(tmp_path: Path, script: Any) -> None:
@@ -231,7 +247,7 @@ def test_a_rank_that_hangs_does_not_hold_up_one_that_saved_the_state(
 
 @pytest.mark.parametrize(
     ("sent", "received"),
-    [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM"), ("SIGHUP", "SIGTERM"), ("SIGINT", "SIGINT")],
+    [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM"), ("SIGHUP", "SIGTERM"), ("SIGINT", "SIGTERM")],
 )
 def test_a_signal_lets_the_ranks_save_their_state(
     tmp_path: Path, script: Any, sent: str, received: str
@@ -257,7 +273,7 @@ def test_a_signal_that_nobody_heeds_kills_after_the_grace_period(
 
 
 def test_a_second_ctrl_c_kills_at_once(tmp_path: Path, script: Any) -> None:
-    name = script(say_ready('signal.signal(signal.SIGINT, lambda *_: print("ready", flush=True))'))
+    name = script(say_ready('signal.signal(signal.SIGTERM, lambda *_: print("ready", flush=True))'))
     with started("recover.grace=1h", name, cwd=tmp_path) as process:
         await_ready(process, 1)
         process.send_signal(signal.SIGINT)

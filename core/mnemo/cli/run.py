@@ -22,7 +22,9 @@ from mnemo.launcher.options import (
     rank_command,
 )
 from mnemo.launcher.output import Terminal
+from mnemo.launcher.watch import smp_hooks
 from mnemo.recovery.journal import Journal, journal_path
+from mnemo.smp.paths import RunPaths
 
 CONTEXT: Final = {"allow_interspersed_args": False}
 _OVERRIDE: Final = re.compile(r"[a-z_]+\.[A-Za-z_.]+=.*", re.DOTALL)
@@ -162,7 +164,8 @@ def run(
         hidden=hidden_streams(redirects, local_ranks_filter, ranks),
     )
     terminal = Terminal(colour="NO_COLOR" not in os.environ)
-    agent = Agent(options, journal=journal, terminal=terminal)
+    hooks = smp_hooks(RunPaths.of(run_id, settings.run.dir))
+    agent = Agent(options, journal=journal, terminal=terminal, hooks=hooks)
     try:
         code = agent.run()
     except CrashLoopError as error:

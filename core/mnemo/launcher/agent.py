@@ -20,7 +20,7 @@ from mnemo.launcher.cause import OomWatch, describe
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
 from mnemo.launcher.restarts import CRASH_LOOP, Ended, Failed, Position, RestartPolicy, judge
 from mnemo.launcher.worker import Worker, free_port, rank_environ
-from mnemo.types import EXIT_STATE_LOST, EXIT_STATE_SAVED
+from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +42,10 @@ def _nothing() -> None:
     return None
 
 
+def _unknown() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """What the agent asks of the rest of mnemo.
@@ -49,10 +53,14 @@ class Hooks:
     Attributes:
         ensure_smp: Called before the ranks of each life start.
         position: Where the run was when it failed; None if that is not known.
+        training: Whether a training is known to be under way, for which all ranks are needed.
+        ended: Called when the job is over; says what state is kept, or nothing.
     """
 
     ensure_smp: Callable[[], None] = _nothing
     position: Callable[[], Position | None] = _nothing
+    training: Callable[[], bool] = _unknown
+    ended: Callable[[], str | None] = _nothing
 
 
 class _Life:
@@ -141,6 +149,8 @@ class Agent:
         finally:
             for number in (*handled, signal.SIGCHLD):
                 loop.remove_signal_handler(number)
+            if kept := self._hooks.ended():
+                self._terminal.say(kept)
         self.exit_code = code
         self._journal.write("end", code=code)
         if code in _LAST_WORDS:
@@ -238,6 +248,8 @@ class Agent:
                 deadline, asked = now + self._options.grace_s, True
             elif life.exits:
                 deadline = min(deadline, now + self._options.grace_s)
+            if now >= deadline and self._is_only_slow(life):
+                deadline = now + self._options.grace_s
             verdict = judge(
                 life.exits,
                 ranks=self._options.ranks,
@@ -252,6 +264,11 @@ class Agent:
             if timer:
                 timer.cancel()
 
+    def _is_only_slow(self, life: _Life) -> bool:
+        """Some ranks have ended well, and nothing says that the others train without them."""
+        done = self._stopped_by is None and all(code == EXIT_OK for code in life.exits.values())
+        return done and not self._hurry and not self._hooks.training()
+
     def _exited(self, worker: Worker, code: int) -> None:
         life = self._life
         assert life is not None
@@ -260,7 +277,7 @@ class Agent:
         self._changed.set()
 
     def _asked_to_end(self, number: int) -> None:
-        """SIGINT goes on as what it is, anything else as SIGTERM; a second SIGINT kills."""
+        """Goes on as SIGTERM, at which ranks save their state and end; a second SIGINT kills."""
         if number == signal.SIGINT and self._stopped_by == signal.SIGINT:
             self._hurry = True
         elif self._stopped_by is None:
@@ -269,9 +286,8 @@ class Agent:
             grace = f"{self._options.grace_s:g} s"
             self._terminal.say(f"{name}: the ranks have {grace} to save their state and end")
             self._journal.write("stop", signal=name)
-            passed_on = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
             for worker in self._life.workers if self._life else ():
-                worker.send(passed_on)
+                worker.send(signal.SIGTERM)
         self._changed.set()
 
     def _reap_orphans(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
+import psutil
 
 from mnemo import errors
 from mnemo.errors import MnemoError, ProtocolError, SmpError
@@ -100,6 +102,11 @@ class SmpClient:
         """The SMP's status as plain data."""
         reply, _ = self.ask(m.Status(), m.StatusReply)
         return msgspec.json.decode(reply.body)  # type: ignore[no-any-return]
+
+    def wait_for_end(self, timeout_s: float = 10.0) -> None:
+        """Wait until the SMP is gone, after it was asked to be."""
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(self.pid).wait(timeout_s)
 
     def close(self) -> None:
         """Close the connection."""

@@ -183,6 +183,10 @@ class StatusReply(Message, frozen=True):
     body: bytes
 
 
+class Attend(Message, frozen=True):
+    """The launcher of the ranks is here: stay as long as this connection does."""
+
+
 class Shutdown(Message, frozen=True):
     """Give all memory back and exit (``mnemo clean``). Refused under a training unless forced."""
 
@@ -208,6 +212,7 @@ Request = (
     | Leave
     | Flush
     | Status
+    | Attend
     | Shutdown
     | Rollback
 )

@@ -117,6 +117,7 @@ class Persister:
     def status(self) -> dict[str, Any]:
         """For ``mnemo status``."""
         return {
+            "to": self._settings.url,
             "newest_step": self.newest_step,
             "every_s": self._settings.every_s,
             "failure": self._failure,

@@ -91,6 +91,8 @@ class Connection:
     fit: Fit | None = None
     reading: list[Slot] = field(default_factory=list)
     """What it fetched last, pinned."""
+    attends: bool = False
+    """It launches the ranks: as long as it is there, more may come."""
 
     def read(self, slots: list[Slot]) -> None:
         """Pin ``slots``, and no longer those before."""
@@ -117,6 +119,7 @@ class Server:
         self._changed = asyncio.Condition()
         self._stopping = asyncio.Event()
         self._keep_alive_s = 3600.0
+        self._attended = False
         self._idle_since = self._clock.monotonic()
         self._started = self._clock.time()
         self._counts = {
@@ -168,11 +171,13 @@ class Server:
         self.stop()
 
     def _seconds_to_live(self) -> float:
-        if any(fit.connected for fit in self._fits.values()):
+        if any(fit.connected for fit in self._fits.values()) or any(
+            client.attends for client in self._clients
+        ):
             self._idle_since = self._clock.monotonic()
             return float("inf")
         keep = LINGER_S if all(f.is_finished for f in self._fits.values()) else self._keep_alive_s
-        if not self._fits:
+        if not self._fits and not self._attended:
             keep = min(60.0, self._keep_alive_s)  # started, but nobody has joined yet
         left = self._idle_since + keep - self._clock.monotonic()
         # A tool that looks on does not prolong the run's life, but is answered to its end.
@@ -287,6 +292,9 @@ class Server:
             return await self._join(client, request)
         if isinstance(request, m.Status):
             return m.StatusReply(msgspec.json.encode(self.status())), []
+        if isinstance(request, m.Attend):
+            client.attends = self._attended = True
+            return m.Done(), []
         if isinstance(request, m.Shutdown):
             if not request.force:
                 self._refuse_while_training()

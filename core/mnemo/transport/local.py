@@ -167,8 +167,8 @@ class AsyncChannel:
         """
         try:
             pidfd = os.pidfd_open(self.pid)
-        except OSError:
-            return -1  # of another pid namespace: there the socket alone has to tell
+        except (OSError, AttributeError):
+            return -1  # an old kernel, or another pid namespace: the socket alone has to tell
         self._loop.add_reader(pidfd, self._hang_up)
         return pidfd
 

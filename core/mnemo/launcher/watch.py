@@ -1,0 +1,70 @@
+"""What the agent learns from the run's snapshot process."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from mnemo.errors import MnemoError
+from mnemo.launcher.agent import Hooks
+from mnemo.launcher.restarts import Position
+from mnemo.smp import lifecycle
+from mnemo.smp import messages as m
+
+if TYPE_CHECKING:
+    from mnemo.smp.client import SmpClient
+    from mnemo.smp.paths import RunPaths
+
+
+def smp_hooks(paths: RunPaths) -> Hooks:
+    """The agent's hooks, answered by the SMP of the run at ``paths``."""
+    attending: list[SmpClient] = []
+
+    def ensure() -> None:
+        client = lifecycle.ensure(paths)
+        client.tell(m.Attend())
+        while attending:
+            attending.pop().close()
+        attending.append(client)  # held open: the snapshot process waits for ranks meanwhile
+
+    def position() -> Position | None:
+        reached = [p for fit in _unfinished(paths) for p in fit["progress"]]
+        if not reached:
+            return None
+        last = max(reached, key=lambda p: p["tick"])
+        return Position(last["epoch"], last["batch"], last["step"])
+
+    def ended() -> str | None:
+        while attending:
+            attending.pop().close()
+        kept = [f["committed"]["step"] for f in _unfinished(paths) if f["committed"]]
+        if not kept:
+            _shut_down(paths)
+            return None
+        return (
+            f"the snapshot of step {max(kept)} stays in memory: start again with "
+            f"MNEMO_RUN_ID={paths.run_id} to go on, or give it up with mnemo clean {paths.run_id}"
+        )
+
+    return Hooks(ensure, position, lambda: bool(_unfinished(paths)), ended)
+
+
+def _shut_down(paths: RunPaths) -> None:
+    with contextlib.suppress(MnemoError):
+        client = lifecycle.find(paths)
+        if client is not None:
+            with client:
+                client.tell(m.Shutdown())
+                client.wait_for_end()
+
+
+def _unfinished(paths: RunPaths) -> list[dict[str, Any]]:
+    """Status of the trainings that have begun and not ended; none if that cannot be told."""
+    try:
+        client = lifecycle.find(paths)
+        if client is None:
+            return []
+        with client:
+            return [fit for fit in client.status()["fits"] if not fit["finished"]]
+    except MnemoError:
+        return []
