@@ -232,8 +232,10 @@ class _Armed:
             if fault.rank == rank and isinstance(fault.at, Hook) and i not in seen
         ]
         self._position: int | None = None
+        self._step: int | None = None
 
     def reach(self, phase: str, step: int | None) -> None:
+        step = self._step = self._step if step is None else step
         if self._position is None:
             path = self.declared._position_file(os.getpid())
             self._position = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -315,7 +317,7 @@ def reach(phase: str, *, step: int | None = None) -> None:
 
     Args:
         phase: One of `PHASES`, or another name that the product documents.
-        step: Optimizer step, where the phase belongs to one.
+        step: Optimizer step; None where the product does not know: the one last said counts.
     """
     if _armed is not None:
         _armed.reach(phase, step)

@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, IterableDataset
 
+from mnemo import faults
 from mnemo.snapshot.rng import capture_rng, restore_rng
 
 _REMEMBERED: Final = 4096
@@ -91,6 +92,8 @@ class ReplaySampler:
         self._mark_epoch = mark_epoch
         self._skip = 0
         self._resume: dict[str, Any] | None = None
+        self._undrawn: dict[str, Any] | None = None
+        """The resumed pass, as long as nothing was drawn of it: a snapshot then repeats it."""
         self._passes = 0
         self._start: dict[str, Any] = {}
         self._digests: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED)
@@ -111,9 +114,11 @@ class ReplaySampler:
         resumed, self._resume = self._resume, None
         skip, self._skip = self._skip, 0
         self._passes = self._passes + 1 if resumed is None else int(resumed["pass"])
+        self._undrawn = resumed
         return self._draw(resumed, skip)
 
     def _draw(self, resumed: dict[str, Any] | None, skip: int) -> Iterator[Any]:
+        self._undrawn = None
         state = self._random_state()
         if resumed is not None:
             self._set_random_state(resumed["random"])
@@ -131,6 +136,7 @@ class ReplaySampler:
             if count == skip:
                 self._after_skip(resumed, digest.intdigest(), state)
                 continue
+            faults.reach("loading")
             yield self._marked(drawn)
 
     def _after_skip(
@@ -159,6 +165,8 @@ class ReplaySampler:
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What `resume` needs to go on after ``consumed`` batches of the current pass."""
+        if self._undrawn is not None:
+            return self._undrawn
         digest = next((d for n, d in reversed(self._digests) if n == consumed), None)
         return {"pass": self._passes, "random": self._start, "digest": digest, "consumed": consumed}
 

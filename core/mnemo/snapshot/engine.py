@@ -320,7 +320,6 @@ class SnapshotEngine:
                 layout, job.plan.sources, base, layout.total, job.plan.numbers
             )
         chunks = job.plan.chunks[start // CHUNK : -(-stop // CHUNK)]
-        faults.reach("mid_copy", step=job.step)
         shared, finite = copier.copy_chunks(
             bulk[layout.own_padded :], self._unless_cancelled(job, chunks)
         )
@@ -403,9 +402,11 @@ class SnapshotEngine:
     def _unless_cancelled(
         job: _Job, chunks: list[list[copier.Piece]]
     ) -> Iterator[list[copier.Piece]]:
-        for chunk in chunks:
+        for i, chunk in enumerate(chunks):
             if job.cancelled:
                 raise _CancelledError("the update did not wait")
+            if i == len(chunks) // 2:
+                faults.reach("mid_copy", step=job.step)
             yield chunk
 
     def _witness(self, plan: _Plan, first: int, stop: int) -> dict[int, int]:
