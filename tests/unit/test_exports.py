@@ -77,7 +77,14 @@ PUBLIC: dict[str, set[str]] = {
     },
     "mnemo.launcher": {"Agent", "Hooks", "LaunchOptions", "Position"},
     "mnemo.session": {"Keeper", "Place", "Restored", "Session"},
-    "mnemo.storage": {"Checkpoint", "CheckpointStore", "JsonScalar", "Part", "WriteCancelledError"},
+    "mnemo.storage": {
+        "Checkpoint",
+        "CheckpointStore",
+        "JsonScalar",
+        "Part",
+        "WriteCancelledError",
+        "stored_ids",
+    },
     "mnemo.types": {"EXIT_OK", "EXIT_STATE_LOST", "EXIT_STATE_SAVED", "GenerationState"},
 }
 

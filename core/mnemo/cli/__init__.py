@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from mnemo.cli import config, run
+from mnemo.cli import clean, config, export, rollback, run, status
 from mnemo.errors import ConfigError, MnemoError
 
 app = typer.Typer(
@@ -17,6 +17,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run", cls=run.RunCommand, context_settings=run.CONTEXT)(run.run)
+app.command()(status.status)
+app.command()(export.export)
+app.command()(rollback.rollback)
+app.command()(clean.clean)
 app.add_typer(config.app, name="config")
 
 

@@ -8,7 +8,15 @@ appended to, or assumed of directories, which keeps this correct on object store
 
 from __future__ import annotations
 
+from mnemo.storage._listing import stored_ids
 from mnemo.storage._marker import Checkpoint, JsonScalar, Part
 from mnemo.storage._store import CheckpointStore, WriteCancelledError
 
-__all__ = ["Checkpoint", "CheckpointStore", "JsonScalar", "Part", "WriteCancelledError"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "JsonScalar",
+    "Part",
+    "WriteCancelledError",
+    "stored_ids",
+]

@@ -1,0 +1,222 @@
+"""``mnemo status``: what is kept of which run on this node, and what a crash would cost."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from mnemo.cli import words
+from mnemo.cli.runs import Directory, Run, all_runs, one_run, run_directory
+
+VERSION: Final = 1
+"""Of the JSON object. Fields may be added; a change of one that is there raises it."""
+
+
+def status(
+    run_id: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN_ID]", show_default=False, help="Only this run."),
+    ] = None,
+    *,
+    directory: Directory = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show the runs of this node: where they are, what is kept, what a crash would cost."""
+    parent = run_directory(directory)
+    runs = [one_run(run_id, parent)] if run_id else all_runs(parent)
+    now = time.time()
+    described = [describe(run, now) for run in runs]
+    if as_json:
+        found = {"version": VERSION, "time": now, "directory": str(parent), "runs": described}
+        typer.echo(json.dumps(found, indent=2))
+    elif described:
+        show(described, Console(highlight=False))
+    else:
+        typer.echo(f"no runs in {parent}")
+
+
+def describe(run: Run, now: float) -> dict[str, Any]:
+    """One run as plain data. Sizes in bytes, ages in seconds, `now` in unix seconds."""
+    described: dict[str, Any] = {
+        "run": run.paths.run_id,
+        "directory": str(run.paths.directory),
+        "state": "left over" if run.is_stale else "not answering",
+        "problem": run.problem,
+        "smp": None,
+        "memory_bytes": 0,
+        "keep_alive_s": None,
+        "kept_for_s": None,
+        "counters": {},
+        "fits": [],
+    }
+    told = run.status
+    if told is None:
+        return described
+    return described | {
+        "state": "training" if run.pids else "waiting",
+        "smp": {"pid": told["pid"], "age_s": now - told["started"]},
+        "memory_bytes": sum(fit["memory"] for fit in told["fits"]),
+        "keep_alive_s": told["keep_alive_s"],
+        "kept_for_s": told["kept_for_s"],
+        "counters": told["counts"],
+        "fits": [_describe_fit(fit, now) for fit in told["fits"]],
+    }
+
+
+def _describe_fit(fit: dict[str, Any], now: float) -> dict[str, Any]:
+    newest, persist = fit["committed"], fit["persist"]
+    stored = persist["newest_step"] if persist and persist["newest_step"] >= 0 else None
+    reached = max((p["step"] for p in fit["progress"]), default=0)
+    safe = max(newest["step"] if newest else 0, stored or 0)
+    return {
+        "fit": fit["fit"],
+        "finished": fit["finished"],
+        "members": fit["members"],
+        "ranks": [_describe_rank(rank, fit, now) for rank in range(fit["members"])],
+        "newest": newest
+        and {
+            "tick": newest["tick"],
+            "step": newest["step"],
+            "age_s": now - newest["time"],
+        },
+        "memory_bytes": fit["memory"],
+        "replicas_differ": fit["differ"],
+        "steps_at_risk": 0 if fit["finished"] else max(0, reached - safe),
+        "persist": persist
+        and {
+            "to": persist["to"],
+            "newest_step": stored,
+            "every_s": persist["every_s"],
+            "failure": persist["failure"],
+        },
+    }
+
+
+def _describe_rank(rank: int, fit: dict[str, Any], now: float) -> dict[str, Any]:
+    at: dict[str, Any] = next((p for p in fit["progress"] if p["slot"] == rank), {})
+    sealed = sorted(
+        (s["tick"], s["step"])
+        for s in fit["segments"]
+        if s["rank"] == rank and s["state"] == "SEALED"
+    )
+    return {
+        "rank": rank,
+        "pid": fit["connected"].get(str(rank)),
+        "step": at.get("step"),
+        "epoch": at.get("epoch"),
+        "batch": at.get("batch"),
+        "age_s": now - at["time"] if at else None,
+        "snapshots": [{"tick": tick, "step": step} for tick, step in sealed],
+    }
+
+
+_STYLES: Final = {"training": "green", "waiting": "yellow", "not answering": "red"}
+
+
+def show(described: list[dict[str, Any]], console: Console) -> None:
+    """Print what `describe` made."""
+    for number, run in enumerate(described):
+        if number:
+            console.print()
+        _show_run(run, console)
+
+
+def _show_run(run: dict[str, Any], console: Console) -> None:
+    state, smp = run["state"], run["smp"]
+    title = Text.assemble((run["run"], "bold"), " · ", (state, _STYLES.get(state, "dim")))
+    if smp:
+        title.append(f" · snapshot process {smp['pid']}, up {words.span(smp['age_s'])}")
+    console.print(title, soft_wrap=True)
+    for fit in run["fits"]:
+        if len(run["fits"]) > 1:
+            finished = " · finished" if fit["finished"] else ""
+            console.print(Padding(f"fit {fit['fit']}{finished}", (0, 0, 0, 2)))
+        if not fit["finished"]:
+            console.print(_indented(_ranks(fit["ranks"])))
+            console.print(_indented(_fit_facts(run, fit)))
+    facts = _facts()
+    if smp is None:
+        advice = f"nothing is kept here; mnemo clean {run['run']} removes it"
+        facts.add_row("directory", run["directory"])
+        facts.add_row("", run["problem"] or advice)
+    else:
+        facts.add_row("memory", words.size(run["memory_bytes"]))
+        facts.add_row("snapshots", _counted(run["counters"]))
+        facts.add_row("kept", _kept(run))
+    console.print(_indented(facts))
+
+
+def _indented(table: Table) -> Padding:
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _facts() -> Table:
+    """An empty table of names and what is said of them; all such tables line up."""
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_column(style="dim", no_wrap=True, min_width=len("at the next start"))
+    facts.add_column(overflow="fold")
+    return facts
+
+
+def _fit_facts(run: dict[str, Any], fit: dict[str, Any]) -> Table:
+    facts = _facts()
+    newest, persist = fit["newest"], fit["persist"]
+    facts.add_row(
+        "newest snapshot",
+        f"step {newest['step']}, {words.span(newest['age_s'])} old" if newest else "none yet",
+    )
+    if persist:
+        stored = persist["newest_step"]
+        step = "nothing yet" if stored is None else f"step {stored}"
+        every = words.span(persist["every_s"])
+        facts.add_row("on storage", f"{step}, every {every} to {persist['to']}")
+        if persist["failure"]:
+            facts.add_row("", Text(persist["failure"], "red"))
+    if fit["replicas_differ"]:
+        facts.add_row("replicas", Text(f"differ: {fit['replicas_differ']}", "red"))
+    repeated = words.steps(fit["steps_at_risk"])
+    if run["state"] == "training":
+        facts.add_row("if it dies now", f"{repeated} would be repeated")
+    else:
+        facts.add_row("at the next start", f"{repeated} will be repeated")
+    return facts
+
+
+def _ranks(ranks: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("rank", "process", "step", "epoch", "batch"):
+        table.add_column(name, justify="right")
+    table.add_column("seen", no_wrap=True)
+    table.add_column("snapshots in memory")
+    for rank in ranks:
+        kept = [s["step"] for s in rank["snapshots"]]
+        table.add_row(
+            str(rank["rank"]),
+            Text("gone", "red") if rank["pid"] is None else str(rank["pid"]),
+            *("-" if rank[k] is None else str(rank[k]) for k in ("step", "epoch", "batch")),
+            "-" if rank["age_s"] is None else f"{words.span(rank['age_s'])} ago",
+            f"step {words.listed(kept)}" if kept else "-",
+        )
+    return table
+
+
+def _counted(counters: dict[str, int]) -> str:
+    text = f"{counters['committed']} taken"
+    if counters["persisted"]:
+        text += f", {counters['persisted']} of them stored"
+    if counters["persist_failed"]:
+        text += f", {counters['persist_failed']} could not be stored"
+    return text
+
+
+def _kept(run: dict[str, Any]) -> str:
+    if run["state"] == "training":
+        return f"{words.span(run['keep_alive_s'])} once nobody is connected"
+    return f"{words.span(run['kept_for_s'])} more, as nobody is connected; then given back"
