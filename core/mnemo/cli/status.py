@@ -154,7 +154,7 @@ def _show_run(run: dict[str, Any], console: Console) -> None:
 
 
 def _indented(table: Table) -> Padding:
-    return Padding(table, (0, 0, 0, 2))
+    return Padding(table, (0, 0, 0, 2), expand=False)
 
 
 def _facts() -> Table:
@@ -174,14 +174,15 @@ def _fit_facts(run: dict[str, Any], fit: dict[str, Any]) -> Table:
     )
     if persist:
         stored = persist["newest_step"]
-        step = "nothing yet" if stored is None else f"step {stored}"
+        step = "nothing of this process yet" if stored is None else f"step {stored}"
         every = words.span(persist["every_s"])
         facts.add_row("on storage", f"{step}, every {every} to {persist['to']}")
         if persist["failure"]:
             facts.add_row("", Text(persist["failure"], "red"))
     if fit["replicas_differ"]:
         facts.add_row("replicas", Text(f"differ: {fit['replicas_differ']}", "red"))
-    repeated = words.steps(fit["steps_at_risk"])
+    unknown = persist and persist["newest_step"] is None and not newest
+    repeated = ("up to " if unknown else "") + words.steps(fit["steps_at_risk"])
     if run["state"] == "training":
         facts.add_row("if it dies now", f"{repeated} would be repeated")
     else:

@@ -5,6 +5,7 @@ Every chunk is checked against its digest on the way, in the pass that copies it
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import pickle
@@ -107,7 +108,12 @@ def read_state(sources: Mapping[int, Source], rank: int, secret: bytes | None) -
         ) from error
     memory = _gather(mine.meta, [mine, *(s for r, s in sources.items() if r != rank)])
     entries = mine.meta.tensors
-    return tree.put_together(skeleton, lambda i: rebuild(entries[i], torch.from_numpy(memory[i])))
+
+    @functools.cache
+    def tensor(index: int) -> torch.Tensor:  # one for all its names: tied weights stay tied
+        return rebuild(entries[index], torch.from_numpy(memory[index]))
+
+    return tree.put_together(skeleton, tensor)
 
 
 def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
