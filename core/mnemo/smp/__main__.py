@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -20,10 +21,29 @@ from mnemo.smp.server import Server
 from mnemo.transport import auth, local
 
 
+def _take_lock(path: Path) -> int | None:
+    """The run's lock, held until this process ends; None if another SMP has it."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # its last holder has removed it meanwhile: it locks nothing
+
+
 def _listen(paths: RunPaths) -> tuple[socket.socket, Path]:
     """Listen in the run directory; beside the temporary files where that has no sockets."""
-    paths.socket.unlink(missing_ok=True)
+    before = paths.read_record()
+    if before is not None and before.socket != str(paths.socket):
+        _remove_elsewhere(Path(before.socket))
     try:
+        paths.socket.unlink(missing_ok=True)
         return local.listen(paths.socket), paths.socket
     except OSError as error:
         elsewhere = Path(tempfile.mkdtemp(prefix=f"mnemo-{os.getuid()}-sock-")) / "smp.sock"
@@ -34,6 +54,12 @@ def _listen(paths: RunPaths) -> tuple[socket.socket, Path]:
             elsewhere,
         )
         return local.listen(elsewhere), elsewhere
+
+
+def _remove_elsewhere(address: Path) -> None:
+    with contextlib.suppress(OSError):
+        address.unlink(missing_ok=True)
+        address.parent.rmdir()
 
 
 async def _serve(paths: RunPaths, listener: socket.socket, secret: bytes) -> None:
@@ -56,10 +82,7 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
-    lock = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if _take_lock(paths.lock) is None:
         return 3
     secret = auth.load_or_create_secret(paths.secret)
     listener, address = _listen(paths)
@@ -70,11 +93,9 @@ def main() -> int:
         asyncio.run(_serve(paths, listener, secret))
     finally:
         listener.close()
-        address.unlink(missing_ok=True)
         if address != paths.socket:
-            address.parent.rmdir()
+            _remove_elsewhere(address)
         paths.remove()
-        os.close(lock)
     return 0
 
 

@@ -6,11 +6,14 @@ one aligned 8-byte word, written whole, so no lock is needed.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import struct
 from dataclasses import dataclass
 from typing import Any, Final
+
+from mnemo.errors import ProtocolError
 
 _RECORD: Final = 64
 _SCHEDULE: Final = struct.Struct("<qq")
@@ -18,6 +21,13 @@ _WORD: Final = struct.Struct("<q")
 _STOP_REQUESTED: Final = 16
 _STOP_AT: Final = 24
 _POSITION: Final = struct.Struct("<qqqqd")
+
+
+_SIZE_IS_FIXED: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+def _size(members: int) -> int:
+    return -(-(_RECORD * (members + 1)) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,27 @@ class Board:
     @classmethod
     def create(cls, members: int) -> Board:
         """A new board for ``members`` ranks."""
-        fd = os.memfd_create("mnemo:board", os.MFD_CLOEXEC)
-        os.ftruncate(fd, -(-(_RECORD * (members + 1)) // mmap.PAGESIZE) * mmap.PAGESIZE)
+        fd = os.memfd_create("mnemo:board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, _size(members))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_IS_FIXED)
         board = cls(fd)
         board.reset()
         return board
+
+    @classmethod
+    def taken_over(cls, fd: int, members: int) -> Board:
+        """The board that a rank holds from an earlier SMP; ``fd`` stays the caller's.
+
+        Raises:
+            ProtocolError: No board for ``members`` ranks.
+        """
+        try:
+            fixed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SIZE_IS_FIXED == _SIZE_IS_FIXED
+        except OSError:
+            fixed = False
+        if not fixed or os.fstat(fd).st_size != _size(members):
+            raise ProtocolError(f"the descriptor handed over is no board of {members} ranks")
+        return cls(os.dup(fd))
 
     def schedule(self, tick: int) -> None:
         """Leader: the next generation is taken at ``tick``.

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 import psutil
@@ -16,7 +16,10 @@ from mnemo.errors import MnemoError, ProtocolError, SmpError
 from mnemo.smp import messages as m
 from mnemo.smp.paths import RunPaths
 from mnemo.transport import auth
-from mnemo.transport.local import BlockingChannel, close_all
+from mnemo.transport.local import BlockingChannel, ConnectionLostError, close_all
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 R = TypeVar("R", bound=m.Message)
 
@@ -39,7 +42,8 @@ class SmpClient:
         """Connect and prove the secret both ways.
 
         Raises:
-            SmpError: Nobody answers, or the proof fails on either side.
+            ConnectionLostError: Nobody answers.
+            SmpError: The proof fails on either side, or it is of another version.
         """
         record = paths.read_record()
         channel = BlockingChannel(Path(record.socket) if record else paths.socket, timeout_s)
@@ -47,7 +51,8 @@ class SmpClient:
             challenge = _receive(channel, m.Challenge)
             if challenge.protocol != m.PROTOCOL:
                 raise ProtocolError(
-                    f"the snapshot process speaks protocol {challenge.protocol}, this mnemo {m.PROTOCOL}: it belongs to another version"
+                    f"the snapshot process speaks protocol {challenge.protocol}, this mnemo "
+                    f"{m.PROTOCOL}: it belongs to another version"
                 )
             nonce = auth.new_nonce()
             channel.send(
@@ -77,20 +82,22 @@ class SmpClient:
             The reply and the descriptors that came with it, which the caller owns.
 
         Raises:
+            ConnectionLostError: No answer came; the connection is closed.
             MnemoError: What the SMP refused the request with, as its own type.
         """
         with self._lock:
-            self._channel.settimeout(timeout_s)
-            self._channel.send(m.encode(request), fds)
-            data, received = self._channel.receive()
-        reply = m.decode_reply(data)
-        if isinstance(reply, m.Failure):
+            try:
+                self._channel.settimeout(timeout_s)
+                self._channel.send(m.encode(request), fds)
+                data, received = self._channel.receive()
+            except ConnectionLostError:
+                self._channel.close()  # a late answer must not be taken for the next one's
+                raise
+        try:
+            return _expect(data, answer), received
+        except MnemoError:
             close_all(received)
-            raise _error(reply)
-        if not isinstance(reply, answer):
-            close_all(received)
-            raise ProtocolError(f"{type(reply).__name__} in answer to {type(request).__name__}")
-        return reply, received
+            raise
 
     def tell(
         self, request: m.Message, fds: Sequence[int] = (), *, timeout_s: float = REPLY_TIMEOUT_S
@@ -112,7 +119,7 @@ class SmpClient:
         """Close the connection."""
         self._channel.close()
 
-    def __enter__(self) -> SmpClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -122,6 +129,10 @@ class SmpClient:
 def _receive(channel: BlockingChannel, kind: type[R]) -> R:
     data, fds = channel.receive()
     close_all(fds)
+    return _expect(data, kind)
+
+
+def _expect(data: bytes, kind: type[R]) -> R:
     reply = m.decode_reply(data)
     if isinstance(reply, m.Failure):
         raise _error(reply)

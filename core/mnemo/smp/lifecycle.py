@@ -11,39 +11,47 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Final
-
-import psutil
 
 from mnemo.errors import SmpError
 from mnemo.smp.client import SmpClient
 from mnemo.smp.paths import RunPaths
 from mnemo.transport import auth
+from mnemo.transport.local import ConnectionLostError
 
 START_TIMEOUT_S: Final = 60.0
+_RESTART_S: Final = 5.0
+"""After how long without an answer another one is started; one too many ends by itself."""
+_LOOK_S: Final = 0.01
 
 
 def ensure(paths: RunPaths) -> SmpClient:
     """A connection to the run's SMP, which is started if none answers.
 
     Raises:
-        SmpError: It neither answers nor starts; the message carries the end of its log.
+        SmpError: It refuses, or neither answers nor starts; the message has the end of its log.
     """
-    paths.make()
-    secret = auth.load_or_create_secret(paths.secret)
     deadline = time.monotonic() + START_TIMEOUT_S
-    started = False
+    restart_at = 0.0
     while True:
         try:
-            return SmpClient.connect(paths, secret)
-        except SmpError as error:
-            if time.monotonic() > deadline:
-                raise SmpError(f"{error}. Its log says: {_tail(paths)}") from error
-        if not started or not _alive(paths):
-            _spawn(paths)
-            started = True
-        _await_record(paths, deadline)
-        secret = auth.load_or_create_secret(paths.secret)
+            paths.make()
+            secret = auth.load_or_create_secret(paths.secret)
+            try:
+                return SmpClient.connect(paths, secret)
+            except ConnectionLostError as error:
+                if time.monotonic() > deadline:
+                    raise SmpError(f"{error}. Its log says: {_tail(paths)}") from error
+            except SmpError:
+                if auth.load_or_create_secret(paths.secret) == secret:
+                    raise
+            if time.monotonic() >= restart_at:
+                _spawn(paths)
+                restart_at = time.monotonic() + _RESTART_S
+        except FileNotFoundError:
+            restart_at = 0.0  # one that ended has just removed the directory: begin anew
+        time.sleep(_LOOK_S)  # it shows itself by a file: nothing to wait on
 
 
 def find(paths: RunPaths) -> SmpClient | None:
@@ -52,47 +60,35 @@ def find(paths: RunPaths) -> SmpClient | None:
         return None
     try:
         return SmpClient.connect(paths, auth.load_or_create_secret(paths.secret))
-    except SmpError:
+    except (SmpError, FileNotFoundError):
         return None
-
-
-def _alive(paths: RunPaths) -> bool:
-    record = paths.read_record()
-    return record is not None and psutil.pid_exists(record.pid)
 
 
 def _spawn(paths: RunPaths) -> None:
     """Start an SMP that belongs to nobody: own session, and orphaned at once by a double fork."""
-    paths.make()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MNEMO_FAULTS",))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MNEMO_FAULTS")}
     environment["MNEMO_ROLE"] = "smp"
     environment["PYTHONPATH"] = os.pathsep.join(
-        p for p in map(os.path.abspath, sys.path) if os.path.isdir(p)
+        str(Path(p).absolute()) for p in sys.path if Path(p).is_dir()
     )
     code = (
-        "import os, subprocess, sys; log = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600);"
-        "subprocess.Popen([sys.executable, '-m', 'mnemo.smp', sys.argv[1]], stdin=subprocess.DEVNULL,"
-        " stdout=log, stderr=log, start_new_session=True, cwd=sys.argv[1])"
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'mnemo.smp', sys.argv[1]],"
+        " stdin=subprocess.DEVNULL, start_new_session=True, cwd='/')"
     )
-    done = subprocess.run(
-        [sys.executable, "-S", "-E", "-c", code, str(paths.directory), str(paths.log)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    log = os.open(paths.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-S", "-E", "-c", code, str(paths.directory)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            check=False,
+        )
+    finally:
+        os.close(log)
     if done.returncode:
-        raise SmpError(f"the snapshot process could not be started: {done.stderr.strip()[-500:]}")
-
-
-def _await_record(paths: RunPaths, deadline: float) -> None:
-    """Wait until a living SMP has published itself, or a little while."""
-    limit = min(deadline, time.monotonic() + 10.0)
-    while time.monotonic() < limit:
-        if _alive(paths):
-            return
-        time.sleep(0.01)  # another process publishes a file: nothing to wait on but the file
+        raise SmpError(f"the snapshot process could not be started: {_tail(paths)}")
 
 
 def _tail(paths: RunPaths) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from mnemo.smp.board import Board
 from mnemo.smp.client import REPLY_TIMEOUT_S, SmpClient
 from mnemo.smp.memory import rank_above
 from mnemo.smp.paths import RunPaths
-from mnemo.transport.local import MAX_FDS, close_all
+from mnemo.transport.local import MAX_FDS, ConnectionLostError, close_all
 
 log = logging.getLogger("mnemo")
 R = TypeVar("R", bound=m.Message)
@@ -45,16 +46,22 @@ class Link:
         self.paths = paths
         self._join = join
         self._on_loss = on_loss
+        self._lock = threading.Lock()
+        """Around the choice of the SMP and what it has to be handed."""
         self._segments: dict[int, int] = {}
-        self.board: Board
+        self._board: Board | None = None
         self.newest: m.Generation | None = None
         self._client = self._connect()
 
     def _connect(self) -> SmpClient:
         client = lifecycle.ensure(self.paths)
         try:
-            joined, fds = client.ask(self._join, m.Joined)
-            self.board = Board(fds[0])
+            given = [] if self._board is None else [self._board.fd]
+            joined, fds = client.ask(self._join, m.Joined, given)
+            if self._board is None:
+                self._board = Board(fds[0])
+            else:
+                close_all(fds)  # it took over the one that this rank has mapped
             self.newest = joined.newest
             held = sorted(self._segments.items())
             for i in range(0, len(held), MAX_FDS):
@@ -65,6 +72,12 @@ class Link:
             raise
         rank_above(client.pid)
         return client
+
+    @property
+    def board(self) -> Board:
+        """The board of this training; the same one as long as this object lives."""
+        assert self._board is not None
+        return self._board
 
     @property
     def smp_pid(self) -> int:
@@ -84,41 +97,39 @@ class Link:
         Raises:
             SmpError: The SMP died or did not answer; the next request goes to its successor.
         """
+        client = self._client
         try:
-            return self._client.ask(request, answer, fds, timeout_s=timeout_s)
-        except SmpError as error:
-            if not isinstance(error.__cause__, OSError) and "closed the connection" not in str(
-                error
-            ):
-                raise  # it lives, and said no
-            self._replace(str(error))
+            return client.ask(request, answer, fds, timeout_s=timeout_s)
+        except ConnectionLostError as error:
+            self._replace(client, str(error))
             raise
 
-    def _replace(self, why: str) -> None:
-        self._client.close()
-        old = self.board
-        try:
-            self._client = self._connect()
-        except (SmpError, IdentityError) as error:
-            log.warning("the snapshot process died (%s) and could not be replaced: %s", why, error)
-            return
-        old.close()
+    def _replace(self, lost: SmpClient, why: str) -> None:
+        with self._lock:
+            if self._client is not lost:
+                return  # another thread was faster
+            lost.close()
+            try:
+                self._client = self._connect()
+            except (SmpError, IdentityError) as error:
+                log.warning("the snapshot process was lost and not replaced: %s; %s", why, error)
+                return
         if self._on_loss is not None:
-            self._on_loss(
-                f"the snapshot process died ({why}); process {self._client.pid} took its place"
-            )
+            self._on_loss(f"process {lost.pid} was lost ({why}); process {self._client.pid} serves")
 
     def hold(self, index: int, fd: int) -> None:
         """Keep segment ``index``'s descriptor for a later SMP; this object owns it from here on."""
-        old = self._segments.pop(index, None)
-        if old is not None:
-            os.close(old)
-        self._segments[index] = fd
+        with self._lock:
+            old = self._segments.pop(index, None)
+            if old is not None:
+                os.close(old)
+            self._segments[index] = fd
 
     def forget(self, keep: set[int]) -> None:
         """Let go of segments other than those in ``keep``."""
-        for index in [i for i in self._segments if i not in keep]:
-            os.close(self._segments.pop(index))
+        with self._lock:
+            for index in [i for i in self._segments if i not in keep]:
+                os.close(self._segments.pop(index))
 
     def close(self) -> None:
         """Hang up. What the SMP holds it goes on holding."""

@@ -5,13 +5,17 @@ Every request gets exactly one reply: its own kind, or `Failure`.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
 from mnemo.errors import ProtocolError
 
 PROTOCOL: Final = 1
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""A number that fits the segment header: ticks, steps, ranks, sizes in bytes."""
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Message(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
@@ -54,18 +58,22 @@ class PersistSettings(msgspec.Struct, frozen=True, omit_defaults=True):
     """The persistent tier: URL, seconds between checkpoints, how many are kept."""
 
     url: str
-    every_s: float
-    keep: int
+    every_s: Seconds
+    keep: Count
 
 
 class Join(Message, frozen=True):
-    """A trainer takes its place. ``fit`` counts the trainings of one process, from 0."""
+    """A trainer takes its place. ``fit`` counts the trainings of one process, from 0.
 
-    fit: int
-    rank: int
-    members: int
+    A trainer that outlived an earlier SMP sends its board's descriptor along, so that all ranks go
+    on with the same one.
+    """
+
+    fit: Count
+    rank: Count
+    members: Annotated[int, msgspec.Meta(ge=1, le=65536)]
     """Ranks on this node."""
-    keep_alive_s: float
+    keep_alive_s: Seconds
     persist: PersistSettings | None = None
 
 
@@ -85,16 +93,16 @@ class Generation(msgspec.Struct, frozen=True):
 class Reserve(Message, frozen=True):
     """Are ``size`` bytes, twice, to be had? Asked before training starts."""
 
-    size: int
-    buffers: int
+    size: Count
+    buffers: Count
 
 
 class Begin(Message, frozen=True):
     """Ask for a segment to write generation ``tick`` into. Waits until one is free."""
 
-    tick: int
-    step: int
-    size: int
+    tick: Count
+    step: Count
+    size: Count
 
 
 class Granted(Message, frozen=True):
@@ -110,8 +118,8 @@ class Granted(Message, frozen=True):
 class Seal(Message, frozen=True):
     """Segment ``index`` is complete."""
 
-    index: int
-    tick: int
+    index: Count
+    tick: Count
 
 
 class Sealed(Message, frozen=True):
@@ -125,7 +133,7 @@ class Sealed(Message, frozen=True):
 class Drop(Message, frozen=True):
     """Generation ``tick`` will not be completed by this rank."""
 
-    tick: int
+    tick: Count
 
 
 class Fetch(Message, frozen=True):
@@ -134,7 +142,7 @@ class Fetch(Message, frozen=True):
     It stays unchanged until the next `Fetch` of this connection, or its end.
     """
 
-    below: int = 0
+    below: Count = 0
     fit: int | None = None
     """For tools, which join no fit: whose generation."""
 
@@ -148,13 +156,13 @@ class Fetched(Message, frozen=True):
 class Resume(Message, frozen=True):
     """Training goes on from ``tick``: what this rank sealed later is void. -1: from nothing."""
 
-    tick: int
+    tick: Annotated[int, msgspec.Meta(ge=-1, le=2**63 - 1)]
 
 
 class Adopt(Message, frozen=True):
     """Segments (their descriptors come along) that outlived an earlier SMP."""
 
-    indexes: tuple[int, ...]
+    indexes: tuple[Count, ...]
 
 
 class Leave(Message, frozen=True):
@@ -247,7 +255,7 @@ def decode_request(data: bytes) -> Request:
     """
     try:
         return _requests.decode(data)  # type: ignore[no-any-return]
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ProtocolError(f"not a request: {error}") from error
 
 
@@ -259,5 +267,5 @@ def decode_reply(data: bytes) -> Reply:
     """
     try:
         return _replies.decode(data)  # type: ignore[no-any-return]
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ProtocolError(f"not a reply: {error}") from error

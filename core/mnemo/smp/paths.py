@@ -29,7 +29,8 @@ def check_run_id(run_id: str) -> str:
     """
     if not run_id or _UNSAFE.search(run_id) or run_id.startswith(".") or len(run_id) > 128:
         raise ConfigError(
-            f"run.id {run_id!r} cannot name a directory: use up to 128 letters, digits, '.', '_', '-', not starting with '.'"
+            f"run.id {run_id!r} cannot name a directory: use up to 128 letters, digits, "
+            "'.', '_', '-', not starting with '.'"
         )
     return run_id
 
@@ -85,30 +86,38 @@ class RunPaths:
         return self.directory / "smp.log"
 
     def make(self) -> None:
-        """Create the directory, 0700, and refuse one that belongs to somebody else.
+        """Create the directory, 0700, and refuse one that somebody else could tamper with.
+
+        The parent may be a link, as long as nobody else could point it elsewhere.
 
         Raises:
-            SmpError: Not ours, or open to others and not to be closed.
+            SmpError: It or its parent is not ours, or not a directory, or cannot be made.
         """
-        for directory in (self.directory.parent, self.directory):
-            try:
-                directory.mkdir(
-                    mode=0o700, parents=directory is self.directory.parent, exist_ok=True
-                )
-                found = directory.lstat()
-            except OSError as error:
+        parent = self.directory.parent
+        _make(parent)
+        _make(self.directory)
+        found, above = self.directory.lstat(), parent.stat()
+        for directory, owners in (
+            (parent, {parent.lstat().st_uid, above.st_uid}),
+            (self.directory, {found.st_uid}),
+        ):
+            strangers = owners - {os.getuid()} - ({0} if directory == parent else set())
+            if strangers:
                 raise SmpError(
-                    f"the run directory {directory} cannot be made: {error.strerror}. Set run.dir to a directory on a local file system"
-                ) from error
-            if not stat.S_ISDIR(found.st_mode):
-                raise SmpError(
-                    f"the run directory {directory} is not a directory: remove it or set run.dir"
+                    f"the run directory {directory} belongs to uid {strangers.pop()}, not to uid "
+                    f"{os.getuid()}: set run.dir to a directory of your own"
                 )
-            if directory is self.directory and found.st_uid != os.getuid():
-                raise SmpError(
-                    f"the run directory {directory} belongs to uid {found.st_uid}, not to uid {os.getuid()}: set run.dir to a directory of your own"
-                )
-        if self.directory.stat().st_mode & 0o077:
+        if not stat.S_ISDIR(found.st_mode):
+            raise SmpError(
+                f"the run directory {self.directory} is not a directory (links are not followed "
+                "here): remove it or set run.dir"
+            )
+        if above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX:
+            raise SmpError(
+                f"others may replace what is in {parent} (mode {above.st_mode & 0o7777:o}): "
+                f"chmod go-w {parent}, or set run.dir to a directory of your own"
+            )
+        if found.st_mode & 0o077:
             self.directory.chmod(0o700)
 
     def read_record(self) -> SmpRecord | None:
@@ -128,3 +137,19 @@ class RunPaths:
                     directory.rmdir()
                 except OSError:
                     return
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        if directory.is_symlink():
+            return  # `RunPaths.make` says what is wrong with it
+        raise SmpError(
+            f"the run directory {directory} is not a directory: remove it or set run.dir"
+        ) from None
+    except OSError as error:
+        raise SmpError(
+            f"the run directory {directory} cannot be made: {error.strerror}. "
+            "Set run.dir to a directory on a local file system"
+        ) from error

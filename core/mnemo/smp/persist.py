@@ -12,19 +12,20 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Final
 
 from mnemo.clock import Clock
 from mnemo.errors import IntegrityError, MnemoError
 from mnemo.smp import segment
-from mnemo.smp.messages import PersistSettings
+from mnemo.smp.messages import Generation, PersistSettings
 from mnemo.storage import CheckpointStore
 
 log = logging.getLogger("mnemo.smp.persist")
 
 _READ: Final = 8 * segment.CHUNK
 _NICE: Final = 10
+_PATIENCE_S: Final = 5.0
 
 
 def part_name(rank: int) -> str:
@@ -43,9 +44,10 @@ def verified_stream(fd: int) -> Iterator[bytes]:
     Raises:
         IntegrityError: A chunk is not what was sealed.
     """
-    header = segment.read_header(fd)
+    page = os.pread(fd, segment.PAGE, 0)  # read once: it may be voided while this goes on
+    header = segment.decode_header(page)
     meta = segment.read_meta(fd, header)
-    yield os.pread(fd, segment.PAGE, 0)
+    yield page
     offset, end, index = segment.PAGE, segment.PAGE + header.bulk_size, 0
     while offset < end:
         block = os.pread(fd, min(_READ, end - offset), offset)
@@ -53,7 +55,8 @@ def verified_stream(fd: int) -> Iterator[bytes]:
         for start in range(0, len(block), segment.CHUNK):
             if not segment.verify_chunk(meta.digests, index, view[start : start + segment.CHUNK]):
                 raise IntegrityError(
-                    f"chunk {index} of snapshot step {header.step} is damaged in memory: not persisted"
+                    f"chunk {index} of snapshot step {header.step} is damaged in memory: "
+                    "not persisted"
                 )
             index += 1
         yield block
@@ -69,13 +72,23 @@ class Persister:
         self._store_id = store_id(run_id, fit)
         self._clock = clock
         self._last = clock.monotonic()
-        self._pool = ThreadPoolExecutor(1, "mnemo-persist", initializer=_be_nice)
+        self._thread: threading.Thread | None = None
         self._cancel = threading.Event()
         self._store: CheckpointStore | None = None
         self._failure = ""
         self.lock = asyncio.Lock()
-        self.newest_step = -1
+        self.newest: Generation | None = None
+        """What the newest checkpoint on storage holds, of those written since the last rewind."""
+
+    @property
+    def newest_step(self) -> int:
         """Step of the newest checkpoint on storage, -1 for none yet."""
+        return -1 if self.newest is None else self.newest.step
+
+    def forget_after(self, tick: int) -> None:
+        """Training goes on from ``tick``: what was persisted of later ones does not count."""
+        if self.newest is not None and self.newest.tick > tick:
+            self.newest = None
 
     def due(self) -> bool:
         """Whether the interval has passed and nothing is being written."""
@@ -84,35 +97,58 @@ class Persister:
             and self._clock.monotonic() - self._last >= self._settings.every_s
         )
 
-    async def write(self, step: int, tick: int, fds: dict[int, int]) -> bool:
-        """Store one generation and close ``fds``; False, logged, if that failed."""
+    async def write(self, generation: Generation, fds: dict[int, int]) -> bool:
+        """Store one generation from the segments behind ``fds``; False, logged, if that failed."""
         self._last = self._clock.monotonic()
-        loop = asyncio.get_running_loop()
+        done: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._work,
+            args=(done, generation, {rank: os.dup(fd) for rank, fd in fds.items()}),
+            name="mnemo-persist",
+            daemon=True,  # a store that hangs must not keep the process from ending
+        )
+        self._thread.start()
         try:
-            await loop.run_in_executor(self._pool, self._write, step, tick, fds)
+            await asyncio.wrap_future(done)
         except (MnemoError, OSError) as error:
             self._failure = str(error)
-            log.warning("step %d could not be persisted: %s", step, error)
+            log.warning("step %d could not be persisted: %s", generation.step, error)
             return False
-        finally:
-            for fd in fds.values():
-                os.close(fd)
-        self.newest_step, self._failure = step, ""
+        except Exception as error:
+            self._failure = repr(error)
+            log.exception("step %d could not be persisted", generation.step)
+            return False
+        self.newest, self._failure = generation, ""
         log.info(
             "step %d persisted to %s in %.1f s",
-            step,
+            generation.step,
             self._store_id,
             self._clock.monotonic() - self._last,
         )
         return True
 
-    def _write(self, step: int, tick: int, fds: dict[int, int]) -> None:
+    def _work(self, done: Future[None], generation: Generation, fds: dict[int, int]) -> None:
+        """In a thread of its own, which owns ``fds``: the loop may give up waiting for it."""
+        done.set_running_or_notify_cancel()
+        _be_nice()
+        try:
+            self._write(generation, fds)
+        except BaseException as error:  # noqa: BLE001 - told to the one who waits
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+        finally:
+            for fd in fds.values():
+                os.close(fd)
+
+    def _write(self, generation: Generation, fds: dict[int, int]) -> None:
         if self._store is None:
             self._store = CheckpointStore(
                 self._settings.url, run_id=self._store_id, keep=self._settings.keep
             )
         parts = {part_name(rank): (lambda fd=fd: verified_stream(fd)) for rank, fd in fds.items()}
-        self._store.write(step, parts, {"tick": tick, "members": len(fds)}, cancel=self._cancel)
+        meta = {"tick": generation.tick, "members": len(fds)}
+        self._store.write(generation.step, parts, meta, cancel=self._cancel)
 
     def status(self) -> dict[str, Any]:
         """For ``mnemo status``."""
@@ -124,9 +160,10 @@ class Persister:
         }
 
     async def close(self) -> None:
-        """Give up what is being written and end the thread."""
+        """Give up what is being written; wait a little for the store to notice."""
         self._cancel.set()
-        await asyncio.to_thread(self._pool.shutdown, wait=True)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, _PATIENCE_S)
 
 
 def _be_nice() -> None:

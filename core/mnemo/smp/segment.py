@@ -97,10 +97,13 @@ def decode_header(raw: bytes) -> Header:
     _, version, state, tick, step, bulk_size, meta_size, meta_digest = _FIELDS.unpack(body)
     if version != VERSION:
         raise IntegrityError(
-            f"segment format version {version}; this mnemo reads version {VERSION}: resume with the version that wrote it"
+            f"segment format version {version}; this mnemo reads version {VERSION}: "
+            "resume with the version that wrote it"
         )
     if _DIGEST.unpack_from(raw, _FIELDS.size)[0] != xxhash.xxh3_64_intdigest(body):
         raise IntegrityError("the segment's header fails its checksum")
+    if state not in (GenerationState.WRITING, GenerationState.SEALED):
+        raise IntegrityError(f"the segment's state is {state}, which is neither WRITING nor SEALED")
     return Header(GenerationState(state), tick, step, bulk_size, meta_size, meta_digest)
 
 
@@ -157,8 +160,27 @@ def encode_meta(meta: Meta) -> bytes:
 
 
 def read_header(fd: int) -> Header:
-    """The header of the segment behind ``fd``."""
-    return decode_header(os.pread(fd, PAGE, 0))
+    """The header of the segment behind ``fd``.
+
+    Raises:
+        IntegrityError: As `decode_header`, or the segment is shorter than its header says.
+    """
+    header = decode_header(os.pread(fd, PAGE, 0))
+    require_length(header, os.fstat(fd).st_size)
+    return header
+
+
+def require_length(header: Header, length: int) -> None:
+    """Make sure that all that ``header`` speaks of is within ``length`` bytes.
+
+    Raises:
+        IntegrityError: It is not.
+    """
+    if length < header.size:
+        raise IntegrityError(
+            f"the segment of step {header.step} has {length} bytes where {header.size} were "
+            "written: its end is missing"
+        )
 
 
 def read_meta(fd: int, header: Header) -> Meta:
@@ -222,4 +244,5 @@ def create(name: str, bulk_size: int) -> int:
 
 def verify_chunk(expected: bytes, index: int, chunk: memoryview | bytes) -> bool:
     """Whether ``chunk`` has the digest that stands at ``index`` in a meta's ``digests``."""
-    return _DIGEST.unpack_from(expected, index * _DIGEST.size)[0] == xxhash.xxh3_64_intdigest(chunk)
+    digest = expected[index * _DIGEST.size : (index + 1) * _DIGEST.size]
+    return digest == _DIGEST.pack(xxhash.xxh3_64_intdigest(chunk))

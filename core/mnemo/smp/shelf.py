@@ -23,7 +23,6 @@ class Slot:
     step: int = -1
     pins: int = 0
     """Readers (persisting, fetching) that need it unchanged."""
-    damaged: bool = False
 
 
 @dataclass
@@ -37,7 +36,7 @@ class RankShelf:
     def sealed(self) -> Iterator[tuple[int, Slot]]:
         """Segments that hold a complete copy."""
         for index, slot in self.slots.items():
-            if slot.state is GenerationState.SEALED and not slot.damaged:
+            if slot.state is GenerationState.SEALED:
                 yield index, slot
 
     def find(self, tick: int) -> int | None:
@@ -75,13 +74,21 @@ class Shelf:
     def _is_free(self, slot: Slot, committed: tuple[int, int] | None) -> bool:
         if slot.pins or slot.state is GenerationState.WRITING:
             return False
-        if slot.tick < 0 or slot.damaged or slot.state is not GenerationState.SEALED:
+        if slot.state is not GenerationState.SEALED:
             return True
         newest = committed[0] if committed else -1
         return slot.tick < newest or (slot.tick > newest and self._abandoned(slot.tick))
 
-    def grant(self, rank: int, tick: int, size: int) -> tuple[int | None, list[int], bool]:
-        """Choose the segment for ``rank`` to write ``tick`` into.
+    def begin(self, rank: int, tick: int) -> None:
+        """``rank`` wants to write ``tick``: it is through with all before."""
+        shelf = self.rank(rank)
+        shelf.begun = max(shelf.begun, tick)
+        for index, slot in shelf.slots.items():
+            if slot.state is GenerationState.WRITING:
+                self.void(rank, index)
+
+    def grant(self, rank: int, size: int) -> tuple[int | None, list[int], bool]:
+        """Choose the segment for ``rank`` to write what it has begun into.
 
         Returns:
             ``(index, surplus, create)``: the segment to use, or None; free segments of another
@@ -89,10 +96,6 @@ class Shelf:
             means: wait.
         """
         shelf = self.rank(rank)
-        shelf.begun = max(shelf.begun, tick)
-        for index, slot in list(shelf.slots.items()):
-            if slot.state is GenerationState.WRITING:  # left by this rank's own earlier attempt
-                self.void(rank, index)
         committed = self.committed()
         free = [i for i, slot in shelf.slots.items() if self._is_free(slot, committed)]
         surplus = [i for i in free if shelf.slots[i].size != size]
@@ -123,7 +126,7 @@ class Shelf:
     def write(self, rank: int, index: int, tick: int, step: int) -> None:
         """Segment ``index`` is being written from now on."""
         slot = self.rank(rank).slots[index]
-        slot.state, slot.tick, slot.step, slot.damaged = GenerationState.WRITING, tick, step, False
+        slot.state, slot.tick, slot.step = GenerationState.WRITING, tick, step
 
     def seal(self, rank: int, index: int, tick: int) -> bool:
         """Segment ``index`` is complete; False if it is not the one being written."""
@@ -146,13 +149,20 @@ class Shelf:
             if slot.tick == tick and slot.state is GenerationState.WRITING:
                 self.void(rank, index)
 
-    def forget_after(self, rank: int, tick: int) -> None:
-        """Void everything of ``rank`` newer than ``tick``: training goes on from there."""
+    def forget_after(self, rank: int, tick: int) -> list[int]:
+        """Void everything of ``rank`` newer than ``tick``: training goes on from there.
+
+        A pinned one is void as well: its reader goes on, and it is not granted until then.
+
+        Returns:
+            The voided segments.
+        """
         shelf = self.rank(rank)
-        for index, slot in shelf.slots.items():
-            if slot.tick > tick:  # a reader goes on reading it: pinned, it is not granted
-                self.void(rank, index)
+        newer = [index for index, slot in shelf.slots.items() if slot.tick > tick]
+        for index in newer:
+            self.void(rank, index)
         shelf.begun = tick
+        return newer
 
     def members_of(self, tick: int) -> dict[int, int]:
         """Rank to segment index of a committed ``tick``, in rank order."""

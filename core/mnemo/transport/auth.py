@@ -7,6 +7,7 @@ exchange cannot be replayed, and a proof cannot be reflected because the role is
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import os
@@ -37,8 +38,7 @@ def proof(secret: bytes, role: str, own_nonce: bytes, peer_nonce: bytes) -> byte
     Returns:
         32 bytes.
     """
-    body = b"mnemo-auth-1|" + role.encode() + b"|" + own_nonce + b"|" + peer_nonce
-    return hmac.digest(secret, body, "sha256")
+    return mac(secret, f"mnemo-auth-1|{role}", own_nonce, peer_nonce)
 
 
 def verify(secret: bytes, role: str, prover_nonce: bytes, own_nonce: bytes, given: bytes) -> bool:
@@ -59,42 +59,45 @@ def load_or_create_secret(path: Path) -> bytes:
     """The run's secret: from ``MNEMO_SECRET_FILE``, else from ``path``, made 0600 if absent.
 
     Raises:
-        SmpError: The file is readable by others, or too short to be a secret.
+        SmpError: The file is another user's, readable by others, or too short to be a secret.
+        FileNotFoundError: The directory of ``path`` does not exist.
     """
     given = os.environ.get("MNEMO_SECRET_FILE")
     source = Path(given) if given else path
-    if not given:
-        _create_secret(path)
+    flags = os.O_RDONLY if given else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     try:
-        mode = source.stat().st_mode
-        content = source.read_bytes()
+        fd = os.open(source, flags | os.O_CLOEXEC, 0o600)
     except OSError as error:
+        if not given and isinstance(error, FileNotFoundError):
+            raise  # the directory is gone
         raise SmpError(f"the secret file {source} cannot be read: {error.strerror}") from error
-    if mode & 0o077:
+    try:
+        if not given:
+            _fill(fd)
+        status = os.fstat(fd)
+        content = os.pread(fd, status.st_size, 0)
+    finally:
+        os.close(fd)
+    if status.st_uid not in (os.getuid(), 0):
         raise SmpError(
-            f"the secret file {source} is open to others (mode {mode & 0o777:o}): chmod 600 it"
+            f"the secret file {source} belongs to uid {status.st_uid}, not to uid {os.getuid()}: "
+            "use one of your own"
+        )
+    if status.st_mode & 0o077:
+        raise SmpError(
+            f"the secret file {source} is open to others (mode {status.st_mode & 0o777:o}): "
+            "chmod 600 it"
         )
     if len(content) < NONCE_BYTES:
         raise SmpError(
-            f"the secret file {source} holds {len(content)} bytes; at least {NONCE_BYTES} are needed: "
-            f"head -c {SECRET_BYTES} /dev/urandom > {source}"
+            f"the secret file {source} holds {len(content)} bytes; at least {NONCE_BYTES} are "
+            f"needed: head -c {SECRET_BYTES} /dev/urandom > {source}"
         )
     return content
 
 
-def _create_secret(path: Path) -> None:
-    """Publish a new secret at ``path`` unless one is there; never visible half written."""
-    if path.exists():
-        return
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
+def _fill(fd: int) -> None:
+    """Write a new secret where none is; of several that come at once one writes."""
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    if os.fstat(fd).st_size == 0:
         os.write(fd, secrets.token_bytes(SECRET_BYTES))
-    finally:
-        os.close(fd)
-    try:
-        path.hardlink_to(draft)  # atomic, and fails where somebody else was first
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()

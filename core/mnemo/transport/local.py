@@ -12,7 +12,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +21,12 @@ from mnemo.errors import ProtocolError, SmpError
 MAX_MESSAGE: Final = 64 * 1024
 """Largest control message, bytes. State never travels here: it lies in shared memory."""
 MAX_FDS: Final = 64
+_ADDRESS_BYTES: Final = 107
 _UCRED = struct.Struct("3i")
+
+
+class ConnectionLostError(SmpError):
+    """Nobody answers at the other end; what was asked may or may not have been done."""
 
 
 def peer(sock: socket.socket) -> tuple[int, int]:
@@ -36,7 +41,7 @@ def _short_path(path: Path) -> tuple[str, int | None]:
 
     A longer one is reached through the directory's descriptor. The caller closes it.
     """
-    if len(os.fsencode(path)) <= 107:
+    if len(os.fsencode(path)) <= _ADDRESS_BYTES:
         return str(path), None
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     return f"/proc/self/fd/{directory}/{path.name}", directory
@@ -74,8 +79,12 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         close_all(fds)
         raise ProtocolError(
-            f"a control message is longer than {MAX_MESSAGE} bytes or carries over {MAX_FDS} descriptors"
+            f"a control message is longer than {MAX_MESSAGE} bytes "
+            f"or carries over {MAX_FDS} descriptors"
         )
+    if not data:  # the end of the stream, or an empty datagram that means the same here
+        close_all(fds)
+        return data, []
     return data, list(fds)
 
 
@@ -103,7 +112,7 @@ class BlockingChannel:
         """Connect to the socket at ``path``.
 
         Raises:
-            SmpError: Nobody listens there.
+            ConnectionLostError: Nobody listens there.
         """
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._sock.settimeout(timeout_s)
@@ -113,40 +122,52 @@ class BlockingChannel:
             self._sock.connect(name)
         except OSError as error:
             self._sock.close()
-            raise SmpError(f"no snapshot process answers at {path}: {error.strerror}") from error
+            raise ConnectionLostError(
+                f"no snapshot process answers at {path}: {error.strerror or error}"
+            ) from error
         finally:
             if directory is not None:
                 os.close(directory)
 
     def settimeout(self, seconds: float) -> None:
-        """How long `receive` waits."""
-        self._sock.settimeout(seconds)
+        """How long `send` and `receive` wait.
+
+        Raises:
+            ConnectionLostError: It was closed.
+        """
+        try:
+            self._sock.settimeout(seconds)
+        except OSError as error:
+            raise _gone(error) from error
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message with descriptors, which stay open here."""
         try:
             _send(self._sock, data, fds)
         except OSError as error:
-            raise SmpError(f"the snapshot process went away: {error.strerror}") from error
+            raise _gone(error) from error
 
     def receive(self) -> tuple[bytes, list[int]]:
         """The next message and its descriptors, which the caller owns from here on."""
         try:
             data, fds = _receive(self._sock)
         except TimeoutError as error:
-            raise SmpError(
+            raise ConnectionLostError(
                 f"the snapshot process did not answer within {self._sock.gettimeout()} s"
             ) from error
         except OSError as error:
-            raise SmpError(f"the snapshot process went away: {error.strerror}") from error
+            raise _gone(error) from error
         if not data:
-            close_all(fds)
-            raise SmpError("the snapshot process closed the connection")
+            raise ConnectionLostError("the snapshot process closed the connection")
         return data, fds
 
     def close(self) -> None:
         """Close the connection; harmless a second time."""
         self._sock.close()
+
+
+def _gone(error: OSError) -> ConnectionLostError:
+    return ConnectionLostError(f"the snapshot process went away: {error.strerror or error}")
 
 
 class AsyncChannel:
@@ -167,6 +188,9 @@ class AsyncChannel:
         """
         try:
             pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:  # gone already
+            self._sock.shutdown(socket.SHUT_RDWR)
+            return -1
         except (OSError, AttributeError):
             return -1  # an old kernel, or another pid namespace: the socket alone has to tell
         self._loop.add_reader(pidfd, self._hang_up)
@@ -183,6 +207,26 @@ class AsyncChannel:
             os.close(self._pidfd)
             self._pidfd = -1
 
+    @contextlib.contextmanager
+    def watching(self, gone: Callable[[], None]) -> Iterator[None]:
+        """Call ``gone``, once, if the peer hangs up while it waits for an answer."""
+        sock, loop = self._sock, self._loop
+
+        def look() -> None:
+            loop.remove_reader(sock)
+            try:
+                hung_up = not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except OSError:
+                hung_up = True
+            if hung_up:
+                gone()
+
+        loop.add_reader(sock, look)
+        try:
+            yield
+        finally:
+            loop.remove_reader(sock)
+
     async def _ready(self, *, writing: bool) -> None:
         done: asyncio.Future[None] = self._loop.create_future()
         fd = self._sock.fileno()
@@ -193,7 +237,12 @@ class AsyncChannel:
             if writing
             else (self._loop.add_reader, self._loop.remove_reader)
         )
-        add(fd, lambda: done.done() or done.set_result(None))
+
+        def ready() -> None:
+            if not done.done():
+                done.set_result(None)
+
+        add(fd, ready)
         try:
             await done
         finally:

@@ -1,0 +1,418 @@
+"""One training's generations: what its ranks ask for, decided by `Shelf`, is carried out here.
+
+All of it runs on the SMP's one event loop, so it needs no lock; what blocks (allocating,
+persisting) runs in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from mnemo.clock import Clock
+from mnemo.errors import (
+    HostMemoryError,
+    IdentityError,
+    IntegrityError,
+    ProtocolError,
+    RunInUseError,
+    SmpError,
+)
+from mnemo.smp import messages as m
+from mnemo.smp import segment
+from mnemo.smp.board import Board
+from mnemo.smp.memory import memory_limit
+from mnemo.smp.persist import Persister
+from mnemo.smp.replicas import differing_replica
+from mnemo.smp.shelf import Shelf, Slot
+from mnemo.types import GenerationState
+
+log = logging.getLogger("mnemo.smp")
+
+Answer = tuple[m.Message, list[int]]
+"""A reply and the descriptors that go with it, which stay the fit's."""
+
+
+@dataclass(eq=False)
+class Seat:
+    """The place of one rank, held by one process for as long as its connection lives."""
+
+    fit: Fit
+    rank: int
+    pid: int
+
+
+class Fit:
+    """One training: its shelf, its segments' descriptors, its board."""
+
+    def __init__(
+        self,
+        number: int,
+        run_id: str,
+        members: int,
+        board: Board,
+        counts: Counter[str],
+        clock: Clock,
+    ) -> None:
+        self.number = number
+        self.shelf = Shelf(members)
+        self.board = board
+        self.seats: dict[int, Seat] = {}
+        self.persister: Persister | None = None
+        self._run_id = run_id
+        self._counts = counts
+        self._clock = clock
+        self._fds: dict[tuple[int, int], int] = {}
+        self._finished: set[int] = set()
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._differ = ""
+        self._checked = -1
+        """Newest tick whose replicas were compared."""
+        self._committed_at = 0.0
+        """When that tick was committed, unix seconds."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Every member left and said that nothing is to be resumed."""
+        return len(self._finished) >= self.shelf.members
+
+    # --- who is here --------------------------------------------------------------------------
+
+    def sit(self, request: m.Join, pid: int) -> Seat:
+        """Give ``request.rank`` to process ``pid``.
+
+        Raises:
+            RunInUseError: A living process has it.
+            IdentityError: This launch has other ranks than the training that is kept.
+        """
+        holder = self.seats.get(request.rank)
+        if holder is not None:
+            raise RunInUseError(
+                f"run {self._run_id} is in use: its rank {request.rank} is process {holder.pid}, "
+                "which is alive. Give this job another run.id, or end the other one"
+            )
+        members, known = self.shelf.members, set(self.shelf.ranks)
+        if request.members != members or len(known | {request.rank}) > members:
+            raise IdentityError(
+                f"run {self._run_id} has {members} ranks on this node"
+                f" ({', '.join(map(str, sorted(known)))}), this launch has {request.members},"
+                f" rank {request.rank} among them. Start it as before, or give it another run.id"
+            )
+        self.shelf.rank(request.rank)
+        seat = self.seats[request.rank] = Seat(self, request.rank, pid)
+        self._finished.discard(request.rank)
+        if request.persist is not None and self.persister is None:
+            self.persister = Persister(request.persist, self._run_id, self.number, self._clock)
+        return seat
+
+    def vacate(self, seat: Seat) -> None:
+        """The process is gone: what it was writing is void, unless it had sealed without saying."""
+        if self.seats.get(seat.rank) is not seat:
+            return
+        del self.seats[seat.rank]
+        for index, slot in self.shelf.rank(seat.rank).slots.items():
+            if slot.state is GenerationState.WRITING:
+                self._settle(seat.rank, index)
+        self._notify()
+
+    def _settle(self, rank: int, index: int) -> None:
+        """Believe the segment itself: sealed if its header says so, else void."""
+        slot = self.shelf.rank(rank).slots[index]
+        try:
+            header = segment.read_header(self._fds[rank, index])
+        except IntegrityError:
+            self._void(rank, index)
+            return
+        if header.state is GenerationState.SEALED and header.tick == slot.tick:
+            slot.state = GenerationState.SEALED
+        else:
+            self._void(rank, index)
+
+    async def leave(self, seat: Seat, request: m.Leave) -> Answer:
+        """See `m.Leave`."""
+        if request.finished:
+            self._finished.add(seat.rank)
+        self.vacate(seat)
+        if self.is_finished:
+            await self.flush()
+            self.release()
+        return m.Done(), []
+
+    # --- generations --------------------------------------------------------------------------
+
+    async def reserve(self, seat: Seat, request: m.Reserve) -> Answer:
+        """See `m.Reserve`."""
+        del seat
+        held = sum(s.size for shelf in self.shelf.ranks.values() for s in shelf.slots.values())
+        wanted = request.size * request.buffers * self.shelf.members
+        limit = memory_limit()
+        if wanted - held > limit.available:
+            raise HostMemoryError(
+                f"{request.buffers} snapshot buffers of {_size(request.size)} for "
+                f"{self.shelf.members} ranks need {_size(wanted)}; the {limit.bound} has "
+                f"{_size(limit.available)} of {_size(limit.total)} left. "
+                "Shard replicas (snapshot.shard_replicas), or raise the limit"
+            )
+        return m.Done(), []
+
+    async def begin(self, seat: Seat, request: m.Begin) -> Answer:
+        """See `m.Begin`."""
+        rank = seat.rank
+        self.shelf.begin(rank, request.tick)
+        self._notify()  # others may have waited for this rank to go on
+        while True:
+            if self.seats.get(rank) is not seat:
+                raise SmpError(f"rank {rank} went away while it waited for a buffer")
+            index, surplus, create = self.shelf.grant(rank, request.size)
+            self._release(rank, surplus)
+            if index is not None:
+                break
+            if create:
+                fd = await asyncio.to_thread(self._allocate, rank, request.size)
+                self._fds[rank, self.shelf.add(rank, request.size)] = fd
+            else:
+                await self._changed.wait()
+        self.shelf.write(rank, index, request.tick, request.step)
+        fd = self._fds[rank, index]
+        segment.begin(fd, request.tick, request.step, request.size)
+        live = tuple(self.shelf.rank(rank).slots)
+        return m.Granted(index, live, shard=not self._differ), [fd]
+
+    def _allocate(self, rank: int, size: int) -> int:
+        limit = memory_limit()
+        if size > limit.available:
+            raise HostMemoryError(
+                f"a snapshot buffer of {_size(size)} for rank {rank} does not fit: the "
+                f"{limit.bound} has {_size(limit.available)} of {_size(limit.total)} left"
+            )
+        try:
+            return segment.create(f"mnemo:{self._run_id}:{self.number}:{rank}"[:200], size)
+        except OSError as error:
+            raise HostMemoryError(
+                f"a snapshot buffer of {_size(size)} could not be made: {error.strerror}"
+            ) from error
+
+    async def seal(self, seat: Seat, request: m.Seal) -> Answer:
+        """See `m.Seal`."""
+        fd = self._fds.get((seat.rank, request.index))
+        if fd is None:
+            raise ProtocolError(f"rank {seat.rank} has no segment {request.index}")
+        header = segment.read_header(fd)
+        if header.state is not GenerationState.SEALED or header.tick != request.tick:
+            raise ProtocolError(
+                f"segment {request.index} does not hold a sealed generation {request.tick}"
+            )
+        if not self.shelf.seal(seat.rank, request.index, request.tick):
+            raise ProtocolError(
+                f"segment {request.index} was not granted for generation {request.tick}"
+            )
+        self._counts["sealed"] += 1
+        self._notify()
+        return m.Sealed(self.newest, self._differ), []
+
+    async def drop(self, seat: Seat, request: m.Drop) -> Answer:
+        """See `m.Drop`."""
+        self.shelf.drop(seat.rank, request.tick)
+        self._notify()
+        return m.Done(), []
+
+    async def resume(self, seat: Seat, request: m.Resume) -> Answer:
+        """See `m.Resume`."""
+        for index in self.shelf.forget_after(seat.rank, request.tick):
+            self._void(seat.rank, index)
+        self._rewound()
+        self._notify()
+        return m.Done(), []
+
+    def rollback(self, step: int) -> None:
+        """Forget generations newer than ``step``. Nobody may be training or persisting."""
+        for rank, shelf in self.shelf.ranks.items():
+            for index, slot in shelf.slots.items():
+                if slot.step > step:
+                    self._void(rank, index)
+        self._rewound()
+
+    def _rewound(self) -> None:
+        """What is committed may be older now: what follows is compared and persisted anew."""
+        tick, _ = self.shelf.committed() or (-1, -1)
+        self._checked = min(self._checked, tick)
+        if self.persister is not None:
+            self.persister.forget_after(tick)
+
+    def _void(self, rank: int, index: int) -> None:
+        """Forget what a segment holds, for good: no later SMP that is handed it revives it."""
+        self.shelf.void(rank, index)
+        segment.begin(self._fds[rank, index], 0, 0, self.shelf.rank(rank).slots[index].size)
+
+    async def adopt(self, seat: Seat, request: m.Adopt, fds: list[int]) -> Answer:
+        """See `m.Adopt`."""
+        if len(request.indexes) != len(fds):
+            raise ProtocolError(f"{len(fds)} descriptors for {len(request.indexes)} segments")
+        shelf = self.shelf.rank(seat.rank)
+        for index, fd in zip(request.indexes, fds, strict=True):
+            shelf.next_index = max(shelf.next_index, index + 1)
+            key = (seat.rank, index)
+            if key in self._fds:
+                continue
+            try:
+                header = segment.read_header(fd)
+            except IntegrityError as error:
+                log.warning("segment %d of rank %d is not taken over: %s", *key[::-1], error)
+                continue
+            self._fds[key] = os.dup(fd)
+            shelf.slots[index] = Slot(header.bulk_size)
+            if header.state is GenerationState.SEALED:
+                self.shelf.write(*key, header.tick, header.step)
+                self.shelf.seal(*key, header.tick)
+        self._notify()
+        return m.Done(), []
+
+    def fetch(self, below: int | None) -> tuple[m.Fetched, list[int], list[Slot]]:
+        """The newest committed generation older than ``below``, its descriptors and its slots."""
+        committed = self.shelf.committed(below)
+        if committed is None:
+            return m.Fetched(None), [], []
+        held = self.shelf.members_of(committed[0])
+        slots = [self.shelf.rank(rank).slots[i] for rank, i in held.items()]
+        fds = [self._fds[rank, i] for rank, i in held.items()]
+        return m.Fetched(m.Generation(*committed)), fds, slots
+
+    @property
+    def newest(self) -> m.Generation | None:
+        """The newest committed generation."""
+        committed = self.shelf.committed()
+        return None if committed is None else m.Generation(*committed)
+
+    # --- commits ------------------------------------------------------------------------------
+
+    def _notify(self) -> None:
+        """Something changed: look at a new commit, give surplus memory back, wake who waits."""
+        committed = self.newest
+        if committed is not None and committed.tick > self._checked:
+            self._checked, self._committed_at = committed.tick, self._clock.time()
+            self._counts["committed"] += 1
+            self._compare(committed.tick)
+            if self.persister is not None and self.persister.due():
+                task = asyncio.get_running_loop().create_task(self._persist(self.persister))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        self.wake()
+
+    def wake(self) -> None:
+        """Slots may have become free: give back what is surplus, let those who wait look again."""
+        for rank in self.shelf.ranks:
+            self._release(rank, self.shelf.surplus(rank))
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _compare(self, tick: int) -> None:
+        """Void generation ``tick`` if its replicas differ by their witnesses."""
+        if self._differ:
+            return
+        held = self.shelf.members_of(tick)
+        metas = {}
+        for rank, index in held.items():
+            fd = self._fds[rank, index]
+            try:
+                metas[rank] = segment.read_meta(fd, segment.read_header(fd))
+            except IntegrityError as error:
+                log.warning("rank %d, generation %d: %s", rank, tick, error)
+                self._void(rank, index)
+                return
+        self._differ = differing_replica(metas)
+        if self._differ:
+            log.warning(
+                "replicas differ at generation %d: %s; from now on every rank keeps a whole copy",
+                tick,
+                self._differ,
+            )
+            for rank, index in held.items():
+                self._void(rank, index)
+
+    async def flush_request(self, seat: Seat, request: m.Flush) -> Answer:
+        """See `m.Flush`."""
+        del seat, request
+        return m.Flushed(await self.flush()), []
+
+    async def flush(self) -> int:
+        """Persist the newest generation; the step of the newest checkpoint on storage, or -1."""
+        if self.persister is None:
+            return -1
+        await self._persist(self.persister)
+        return self.persister.newest_step
+
+    async def _persist(self, persister: Persister) -> None:
+        async with persister.lock:
+            fetched, fds, slots = self.fetch(None)
+            if fetched.generation is None or fetched.generation == persister.newest:
+                return
+            for slot in slots:
+                slot.pins += 1
+            try:
+                stored = await persister.write(
+                    fetched.generation, dict(zip(sorted(self.shelf.ranks), fds, strict=True))
+                )
+                self._counts["persisted" if stored else "persist_failed"] += 1
+            finally:
+                for slot in slots:
+                    slot.pins -= 1
+        self._notify()
+
+    # --- memory -------------------------------------------------------------------------------
+
+    def _release(self, rank: int, indexes: list[int]) -> None:
+        for index in indexes:
+            del self.shelf.rank(rank).slots[index]
+            os.close(self._fds.pop((rank, index)))
+
+    def release(self) -> None:
+        """Give all segments back."""
+        for rank, shelf in self.shelf.ranks.items():
+            self._release(rank, list(shelf.slots))
+
+    async def close(self) -> None:
+        """Give up what is being persisted, and all memory."""
+        if self.persister is not None:
+            await self.persister.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.release()
+        self.board.close()
+
+    def status(self) -> dict[str, Any]:
+        """This training's part of `mnemo.smp.server.Server.status`."""
+        newest = self.newest
+        return {
+            "fit": self.number,
+            "finished": self.is_finished,
+            "members": self.shelf.members,
+            "connected": {rank: seat.pid for rank, seat in self.seats.items()},
+            "committed": newest
+            and {"tick": newest.tick, "step": newest.step, "time": self._committed_at},
+            "differ": self._differ,
+            "memory": sum(s.size for r in self.shelf.ranks.values() for s in r.slots.values()),
+            "progress": self.board.positions(),
+            "persist": self.persister and self.persister.status(),
+            "segments": [
+                {
+                    "rank": rank,
+                    "index": i,
+                    "state": s.state.name,
+                    "tick": s.tick,
+                    "step": s.step,
+                    "bytes": s.size,
+                }
+                for rank, shelf in sorted(self.shelf.ranks.items())
+                for i, s in shelf.slots.items()
+            ],
+        }
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

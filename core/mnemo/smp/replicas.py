@@ -1,0 +1,39 @@
+"""Are replicas equal? Each rank also hashes chunks that another one copies; the SMP compares."""
+
+from __future__ import annotations
+
+import struct
+
+from mnemo.smp.segment import CHUNK, Meta
+
+
+def differing_replica(metas: dict[int, Meta]) -> str:
+    """Compare the digests that ranks computed of their own copies of shared chunks.
+
+    Args:
+        metas: Of each rank, for one generation.
+
+    Returns:
+        Which rank differs in which tensor from the one that keeps the chunk, or ''.
+    """
+    kept: dict[int, tuple[int, int]] = {}
+    for rank, meta in metas.items():
+        first = meta.shared_start // CHUNK
+        own_chunks = -(-meta.own_size // CHUNK)
+        digests = struct.unpack(f"<{len(meta.digests) // 8}Q", meta.digests)
+        for i, digest in enumerate(digests[own_chunks:]):
+            kept[first + i] = (rank, digest)
+    for rank, meta in metas.items():
+        for chunk, digest in meta.witness.items():
+            keeper = kept.get(chunk)
+            if keeper is not None and keeper[1] != digest:
+                return f"rank {rank} differs from rank {keeper[0]} in {_tensor_at(meta, chunk)}"
+    return ""
+
+
+def _tensor_at(meta: Meta, chunk: int) -> str:
+    offset = -(-meta.own_size // CHUNK) * CHUNK + chunk * CHUNK
+    for entry in meta.tensors:
+        if entry.offset < offset + CHUNK and entry.offset + entry.nbytes > offset:
+            return entry.name
+    return f"chunk {chunk}"
