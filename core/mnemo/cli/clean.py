@@ -79,10 +79,13 @@ def _remove_left_over(paths: RunPaths) -> None:
     """Remove the directory of a run whose SMP is dead, under the lock that an SMP would hold.
 
     Raises:
-        SmpError: An SMP is just starting, or something else lies in the directory.
+        SmpError: An SMP is just starting, the lock is none, or something else lies there.
     """
     record = paths.read_record()
-    lock = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        lock = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise SmpError(f"{paths.lock} cannot be opened: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if record is not None:
