@@ -83,9 +83,10 @@ def rollback(
         _confirm(run_id, plans, url, yes=yes)
         if client is not None:
             client.tell(m.Rollback(to), timeout_s=_PERSISTING_S)
-    for each in plans:
-        for step in each.storage_goes:
-            found[each.fit].delete(step)
+    # Listed anew: a checkpoint that was on its way to storage has arrived by now.
+    deleted = {
+        fit: _delete(store, to) for fit, store in (stores(run_id, url) if url else {}).items()
+    }
     journal = Journal(journal_path(load_config(config).run.journal, run_id))
     journal.write(
         "rollback",
@@ -96,7 +97,7 @@ def rollback(
                 "fit": p.fit,
                 "step": p.resumes_at and p.resumes_at[0],
                 "forgotten": p.memory_goes,
-                "deleted": p.storage_goes,
+                "deleted": deleted.get(p.fit, []),
             }
             for p in plans
         ],
@@ -135,6 +136,14 @@ def _in_memory(client: SmpClient, fit: int) -> Iterator[int]:
             return
         yield fetched.generation.step
         below = fetched.generation.tick
+
+
+def _delete(store: CheckpointStore, to: int) -> list[int]:
+    """Delete the checkpoints after step ``to``, newest first; their steps."""
+    newer = [checkpoint.step for checkpoint in store.checkpoints() if checkpoint.step > to]
+    for step in newer:
+        store.delete(step)
+    return newer
 
 
 def _require_something_left(run_id: str, plans: list[FitPlan], to: int) -> None:

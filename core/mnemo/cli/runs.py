@@ -20,7 +20,7 @@ from mnemo.smp.persist import store_id
 from mnemo.storage import CheckpointStore, stored_ids
 from mnemo.transport import auth
 
-_PATIENCE_S: Final = 10.0
+_PATIENCE_S: Final = 5.0
 
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID", show_default=False, help="The run.")]
 Directory = Annotated[
