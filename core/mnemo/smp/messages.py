@@ -143,7 +143,7 @@ class Fetch(Message, frozen=True):
     """
 
     below: Count = 0
-    fit: int | None = None
+    fit: Count | None = None
     """For tools, which join no fit: whose generation."""
 
 
@@ -204,7 +204,7 @@ class Shutdown(Message, frozen=True):
 class Rollback(Message, frozen=True):
     """Forget generations newer than ``step``. Refused under a training."""
 
-    step: int
+    step: Count
 
 
 Request = (
@@ -240,6 +240,8 @@ Reply = (
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
+_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises at bytes that are no message, text that is no UTF-8, nesting without end."""
 
 
 def encode(message: Message) -> bytes:
@@ -255,7 +257,7 @@ def decode_request(data: bytes) -> Request:
     """
     try:
         return _requests.decode(data)  # type: ignore[no-any-return]
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise ProtocolError(f"not a request: {error}") from error
 
 
@@ -267,5 +269,5 @@ def decode_reply(data: bytes) -> Reply:
     """
     try:
         return _replies.decode(data)  # type: ignore[no-any-return]
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise ProtocolError(f"not a reply: {error}") from error

@@ -124,7 +124,7 @@ class RunPaths:
         """The running SMP's record, or None."""
         try:
             return msgspec.json.decode(self.record.read_bytes(), type=SmpRecord)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
 
     def remove(self) -> None:

@@ -202,7 +202,7 @@ def decode_meta(raw: bytes, header: Header) -> Meta:
         raise IntegrityError(f"the description of snapshot step {header.step} fails its checksum")
     try:
         return _meta_decoder.decode(raw)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(
             f"the description of snapshot step {header.step} cannot be read: {error}"
         ) from error

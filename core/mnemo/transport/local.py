@@ -144,6 +144,8 @@ class BlockingChannel:
         """Send one message with descriptors, which stay open here."""
         try:
             _send(self._sock, data, fds)
+        except ProtocolError:
+            raise
         except OSError as error:
             raise _gone(error) from error
 
@@ -151,6 +153,8 @@ class BlockingChannel:
         """The next message and its descriptors, which the caller owns from here on."""
         try:
             data, fds = _receive(self._sock)
+        except ProtocolError:
+            raise
         except TimeoutError as error:
             raise ConnectionLostError(
                 f"the snapshot process did not answer within {self._sock.gettimeout()} s"
