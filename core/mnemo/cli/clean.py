@@ -21,7 +21,7 @@ from mnemo.smp.paths import RunPaths
 def clean(
     run_id: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN_ID]", show_default=False, help="Only this run."),
+        typer.Argument(metavar="RUN_ID", show_default=False, help="Only this run."),
     ] = None,
     *,
     everything: Annotated[

@@ -22,7 +22,7 @@ VERSION: Final = 1
 def status(
     run_id: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN_ID]", show_default=False, help="Only this run."),
+        typer.Argument(metavar="RUN_ID", show_default=False, help="Only this run."),
     ] = None,
     *,
     directory: Directory = None,
