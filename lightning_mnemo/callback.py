@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,18 +15,15 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_mnemo import loops
 from lightning_mnemo.attributes import AttributeWatch
+from lightning_mnemo.checks import require_supported
 from lightning_mnemo.data import DataPosition
+from lightning_mnemo.extras import Extras
+from lightning_mnemo.identity import fingerprints
 from lightning_mnemo.loggers import Outputs
 from lightning_mnemo.metrics import capture_metrics, restore_metrics
+from lightning_mnemo.signals import StopSignals
 from mnemo import faults
 from mnemo.config import load_config
-from mnemo.errors import ConfigError
-from mnemo.session.identity import (
-    data_fingerprint,
-    fingerprint,
-    optimizer_fingerprint,
-    script_fingerprint,
-)
 from mnemo.session.keeper import Keeper, Restored
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.report import say
@@ -36,8 +31,6 @@ from mnemo.session.session import expected_size
 from mnemo.smp.board import Position
 from mnemo.snapshot.rng import restore_rng
 from mnemo.types import EXIT_STATE_SAVED
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class MnemoCallback(pl.Callback):
@@ -63,11 +56,13 @@ class MnemoCallback(pl.Callback):
         self._hooks: loops.LoopHooks | None = None
         self._data: DataPosition | None = None
         self._outputs: Outputs | None = None
+        self._extras: Extras | None = None
+        self._signals: StopSignals | None = None
         self._attributes = AttributeWatch()
         self._loss: torch.Tensor | None = None
         self._boundaries = 0
         self._steps_before = 0
-        self._handlers: dict[int, Any] = {}
+        self._just_resumed = False
         self._done = False
 
     # --- beginning ----------------------------------------------------------------------------
@@ -76,8 +71,9 @@ class MnemoCallback(pl.Callback):
         """Every rank, when the process group is there and before anything is restored."""
         if stage != "fit" or trainer.fast_dev_run:
             return
-        _require_lightning(trainer)
-        self._done = False
+        require_supported(trainer, MnemoCallback)
+        self._done = self._just_resumed = False
+        self._boundaries = self._steps_before = 0
         replicas = isinstance(trainer.strategy, DDPStrategy)
         place = current_place(replicas=replicas, device=trainer.strategy.root_device)
         self._keeper = keeper = Keeper(
@@ -97,7 +93,7 @@ class MnemoCallback(pl.Callback):
 
     def _patch(self, trainer: pl.Trainer) -> None:
         self._hooks = hooks = loops.LoopHooks(trainer)
-        data = self._data
+        data, loop = self._data, trainer.fit_loop
         assert data is not None
 
         def process_dataloader(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -109,12 +105,10 @@ class MnemoCallback(pl.Callback):
 
         def setup_data(original: Callable[[], None]) -> Callable[[], None]:
             def wrapped() -> None:
-                if (
-                    trainer.fit_loop._combined_loader is None
-                    or trainer.fit_loop._should_reload_train_dl
-                ):
+                if loop._combined_loader is None or loop._should_reload_train_dl:
                     data.reset()
-                original()
+                with loops.as_of_epoch(trainer, data.loaded_in_epoch):
+                    original()
 
             return wrapped
 
@@ -127,6 +121,8 @@ class MnemoCallback(pl.Callback):
 
         def on_run_start(original: Callable[[Any], None]) -> Callable[[Any], None]:
             def wrapped(fetcher: Any) -> None:
+                if self._restored is None:
+                    data.begin_epoch()
                 original(fetcher)
                 self._go_on(trainer, fetcher)
 
@@ -138,11 +134,19 @@ class MnemoCallback(pl.Callback):
 
             return wrapped
 
+        def on_epoch_end(original: Callable[[], None]) -> Callable[[], None]:
+            def wrapped() -> None:
+                self._weights_may_change()
+                original()
+
+            return wrapped
+
         hooks.wrap(trainer.strategy, "process_dataloader", process_dataloader)
-        hooks.wrap(trainer.fit_loop, "setup_data", setup_data)
+        hooks.wrap(loop, "setup_data", setup_data)
+        hooks.wrap(loop, "on_advance_end", on_epoch_end)
         hooks.wrap(trainer._checkpoint_connector, "resume_start", resume_start)
-        hooks.wrap(trainer.fit_loop.epoch_loop, "on_run_start", on_run_start)
-        hooks.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", on_advance_end)
+        hooks.wrap(loop.epoch_loop, "on_run_start", on_run_start)
+        hooks.wrap(loop.epoch_loop, "on_advance_end", on_advance_end)
 
     def _choose(self, trainer: pl.Trainer, checkpoint_path: Any) -> None:
         """Lightning asks what to resume from: a checkpoint that the user named wins over memory."""
@@ -152,7 +156,8 @@ class MnemoCallback(pl.Callback):
         if checkpoint_path and self._restored is not None and not restarted:
             if trainer.is_global_zero:
                 say(
-                    f"fit(ckpt_path={str(checkpoint_path)!r}) was asked for: the snapshot of step {self._restored.step} in memory is given up"
+                    f"fit(ckpt_path={str(checkpoint_path)!r}) was asked for: the snapshot of step "
+                    f"{self._restored.step} in memory is given up"
                 )
             self._restored = None
             assert self._data is not None
@@ -161,9 +166,11 @@ class MnemoCallback(pl.Callback):
             keeper.forget()
             return
         keeper.accept(
-            self._restored, trainer.strategy.lightning_module_state_dict(), "checkpoint.state_dict."
+            self._restored,
+            trainer.strategy.lightning_module_state_dict(),
+            ["checkpoint.state_dict."],
         )
-        checkpoint = dict(self._restored.state["checkpoint"])
+        checkpoint = loops.without_loader_states(self._restored.state["checkpoint"])
         if loops.finished_progress(trainer, checkpoint):
             checkpoint["loops"] = loops.before_the_end(checkpoint["loops"])
         trainer._checkpoint_connector._loaded_checkpoint = checkpoint
@@ -173,19 +180,7 @@ class MnemoCallback(pl.Callback):
         keeper = self._keeper
         if keeper is None:
             return
-        loaders = (
-            trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else []
-        )
-        keeper.begin(
-            {
-                "optimizer": optimizer_fingerprint(trainer.optimizers),
-                "data": data_fingerprint(loaders),
-                "hyperparameters": fingerprint(
-                    repr(sorted(dict(pl_module.hparams).items(), key=str))
-                ),
-                "script": script_fingerprint(),
-            }
-        )
+        keeper.begin(fingerprints(trainer))
         if self._restored is None:
             keeper.announce(None)
             keeper.reserve(expected_size(pl_module, trainer.optimizers))
@@ -196,42 +191,42 @@ class MnemoCallback(pl.Callback):
         if keeper.place.rank == 0 and keeper.place.world_size > 1:
             missing = "mnemo run and " if "MNEMO_AGENT" not in os.environ else ""
             say(
-                f"replacing a single rank is off: needs {missing}a later version's strategy; a crash restarts all ranks from memory"
+                f"replacing a single rank is off: needs {missing}a later version's strategy; "
+                "a crash restarts all ranks from memory"
             )
-        self._install_signal_handlers()
+        self._extras = Extras(trainer)
+        self._extras.watch_optimizers(keeper)
+        self._signals = StopSignals(keeper.request_stop)
+        self._signals.install()
 
     def _go_on(self, trainer: pl.Trainer, fetcher: Any) -> None:
-        """The iterator of an epoch is there, no batch fetched yet: be exactly where the snapshot was."""
+        """The iterator of an epoch is there, nothing fetched: be where the snapshot was."""
         restored, self._restored = self._restored, None
         self._steps_before = trainer.global_step
         if restored is None:
             return
         state = restored.state
-        keeper, data = self._keeper, self._data
+        keeper, data, extras = self._keeper, self._data, self._extras
         assert keeper is not None
         assert data is not None
+        assert extras is not None
         loops.restore_progress(trainer, state["checkpoint"]["loops"])
         loops.end_restart(trainer)
         data.catch_up(fetcher)
         restore_metrics(trainer, state["metrics"])
-        for name, module in trainer.lightning_module.named_modules():
-            module.training = state["modes"].get(name, module.training)
+        extras.restore(state["extras"], state["checkpoint"]["optimizer_states"])
         self._boundaries = restored.tick // 2
         self._steps_before = trainer.global_step
+        self._just_resumed = True
         restore_rng(restored.rng)
         pending = state["validation_pending"]
-        note = "validation is repeated" if pending else ""
-        if data.order_only:
-            note = "the order of batches is exact; random numbers drawn in loader workers are not: set run.seed_samples"
-        keeper.announce(restored, exact=not data.order_only, note=note)
+        notes = ["validation is repeated"] if pending else []
+        keeper.announce(
+            restored, exact=not data.note, note="; ".join([*notes, *filter(None, [data.note])])
+        )
         if pending:
-            self._advance_end_with_validation(
-                trainer,
-                fetcher,
-                trainer.fit_loop.epoch_loop.__class__.on_advance_end.__get__(
-                    trainer.fit_loop.epoch_loop
-                ),
-            )
+            loop = trainer.fit_loop.epoch_loop
+            self._validate(trainer, fetcher, type(loop).on_advance_end.__get__(loop))
 
     # --- training -----------------------------------------------------------------------------
 
@@ -248,6 +243,11 @@ class MnemoCallback(pl.Callback):
         self._loss = loss.detach()
         faults.reach("backward", step=trainer.global_step)
 
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In manual optimization anything may be written from here on, as SAM does."""
+        if self._keeper is not None and not pl_module.automatic_optimization:
+            self._keeper.before_update()
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -260,24 +260,63 @@ class MnemoCallback(pl.Callback):
         self, trainer: pl.Trainer, fetcher: Any, on_advance_end: Callable[[Any], None]
     ) -> None:
         """A batch, with its logging, is done; validation may follow before the next."""
-        if not loops.stepped(trainer) or trainer.global_step == self._steps_before:
+        assert self._data is not None
+        self._data.observe(fetcher)
+        if self._just_resumed:
+            self._just_resumed = False
+            self._check_order()
+        validates = loops.validation_is_next(trainer, fetcher)
+        if not self._stepped(trainer):
+            if validates:
+                self._weights_may_change()
             on_advance_end(fetcher)
             return
         self._steps_before = trainer.global_step
         self._boundaries += 1
-        if loops.validation_is_next(trainer, fetcher):
+        if validates:
             self._boundary(trainer, 2 * self._boundaries, validation_pending=True)
-            self._advance_end_with_validation(trainer, fetcher, on_advance_end)
+            self._validate(trainer, fetcher, on_advance_end)
         else:
             on_advance_end(fetcher)
             self._boundary(trainer, 2 * self._boundaries)
+        if self._extras is not None:
+            self._extras.begin_batch()
         faults.reach("between", step=trainer.global_step)
 
-    def _advance_end_with_validation(
+    def _stepped(self, trainer: pl.Trainer) -> bool:
+        """Whether the batch that just ended ended with an update."""
+        if trainer.lightning_module.automatic_optimization:
+            return loops.stepped(trainer) and trainer.global_step != self._steps_before
+        return self._extras is not None and self._extras.has_stepped()
+
+    def _validate(
         self, trainer: pl.Trainer, fetcher: Any, on_advance_end: Callable[[Any], None]
     ) -> None:
+        """Validate, and take a snapshot of the same step again, which knows that it is done."""
+        self._weights_may_change()
         on_advance_end(fetcher)
         self._boundary(trainer, 2 * self._boundaries + 1)
+
+    def _weights_may_change(self) -> None:
+        """What runs now may write or exchange weights, and does not count as step time."""
+        if self._keeper is not None:
+            self._keeper.before_update()
+            self._keeper.pause()
+
+    def _check_order(self) -> None:
+        """The first batch of a resumed epoch is there: its sampler has drawn everything again."""
+        keeper, data = self._keeper, self._data
+        verdict = data.verdict() if data is not None else ""
+        if keeper is None or not verdict:
+            return
+        say(f"not exact: {verdict}")
+        keeper.journal.write(
+            "degraded",
+            run=keeper.identity.run_id,
+            rank=keeper.place.rank,
+            kind="order",
+            text=verdict,
+        )
 
     def _boundary(
         self, trainer: pl.Trainer, tick: int, *, validation_pending: bool = False
@@ -285,20 +324,20 @@ class MnemoCallback(pl.Callback):
         keeper = self._keeper
         if keeper is None:
             return
+        assert self._extras is not None
         progress = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        position = Position(tick, trainer.global_step, trainer.current_epoch, progress, time.time())
+        # Lightning counts no steps of optimizers that are stepped behind its back.
+        step = trainer.global_step or self._boundaries
+        position = Position(tick, step, trainer.current_epoch, progress, time.time())
         keeper.boundary(
             position,
             lambda: self._state(trainer, validation_pending=validation_pending),
-            volatile=lambda: {b.data_ptr() for b in trainer.lightning_module.buffers()},
+            volatile=self._extras.volatile,
             watch=("checkpoint.state_dict",),
-            clean=self._loss_is_finite,
+            loss=self._loss,
         )
         if keeper.stopping:
             self._stop(trainer)
-
-    def _loss_is_finite(self) -> bool:
-        return self._loss is None or bool(torch.isfinite(self._loss).all())
 
     def _state(self, trainer: pl.Trainer, *, validation_pending: bool) -> dict[str, Any]:
         """Everything that the next batch depends on, by reference."""
@@ -306,20 +345,15 @@ class MnemoCallback(pl.Callback):
         self._attributes.look(module)
         assert self._data is not None
         assert self._outputs is not None
+        assert self._extras is not None
         return {
             "checkpoint": trainer._checkpoint_connector.dump_checkpoint(weights_only=False),
             "data": self._data.state(),
             "metrics": capture_metrics(trainer),
-            "modes": {name: child.training for name, child in module.named_modules()},
+            "extras": self._extras.state(),
             "outputs": self._outputs.state(),
             "validation_pending": validation_pending,
         }
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Weights may be exchanged for validation: nothing may be under way."""
-        if self._keeper is not None and not trainer.sanity_checking:
-            self._keeper.before_update()
-            self._keeper.pause()
 
     def on_validation_batch_start(
         self,
@@ -333,37 +367,7 @@ class MnemoCallback(pl.Callback):
         if not trainer.sanity_checking:
             faults.reach("validation", step=trainer.global_step)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Callbacks that average weights write them here."""
-        if self._keeper is not None:
-            self._keeper.before_update()
-            self._keeper.pause()
-
     # --- end ----------------------------------------------------------------------------------
-
-    def _install_signal_handlers(self) -> None:
-        """SIGTERM and SIGUSR1 ask all ranks to stop after the same step and keep its state.
-
-        Slurm's own signals stay Lightning's, which requeues the job by them.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            return
-        from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-        wanted = (signal.SIGTERM,) if SLURMEnvironment.detect() else _STOP_SIGNALS
-        for number in wanted:
-            self._handlers[number] = signal.getsignal(number)
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        del number, frame
-        if self._keeper is not None:
-            self._keeper.request_stop()
-
-    def _restore_signal_handlers(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
 
     def _stop(self, trainer: pl.Trainer) -> None:
         """The snapshot of this step was just begun: seal it, persist it, leave with 75."""
@@ -379,7 +383,8 @@ class MnemoCallback(pl.Callback):
                 else f"kept in memory for {self._config.snapshot.keep_alive:.0f} s"
             )
             say(
-                f"asked to stop: step {trainer.global_step} is saved ({where}); exit code {EXIT_STATE_SAVED} asks to be started again"
+                f"asked to stop: step {trainer.global_step} is saved ({where}); "
+                f"exit code {EXIT_STATE_SAVED} asks to be started again"
             )
         raise SystemExit(EXIT_STATE_SAVED)
 
@@ -404,16 +409,9 @@ class MnemoCallback(pl.Callback):
         keeper, self._keeper = self._keeper, None
         if keeper is None:
             return
-        self._restore_signal_handlers()
-        if self._hooks is not None:
-            self._hooks.undo()
+        for part in (self._signals, self._hooks, self._extras):
+            if part is not None:
+                part.undo()
         keeper.close(finished=finished)
-        self._hooks = self._data = self._outputs = self._restored = self._loss = None
-
-
-def _require_lightning(trainer: object) -> None:
-    if not isinstance(trainer, pl.Trainer):
-        raise ConfigError(
-            f"MnemoCallback works with lightning.pytorch, this Trainer is {type(trainer).__module__}.{type(trainer).__qualname__}: "
-            "write 'import lightning.pytorch as pl' instead of 'import pytorch_lightning as pl'"
-        )
+        self._signals = self._hooks = self._extras = None
+        self._data = self._outputs = self._restored = self._loss = None

@@ -6,13 +6,16 @@ Lightning 2.4–2.6. Each patch is undone when the fit ends. What is patched and
   validation and its checkpoints are all done, and nothing of the next has begun.
 - ``fit_loop.epoch_loop.on_run_start``: the one moment after the iterator was made and before the
   first batch is fetched, where an interrupted epoch can be gone on with.
+- ``fit_loop.on_advance_end``: after an epoch's last batch and before any hook that ends the epoch.
+- ``fit_loop.setup_data``: where loaders are made, or made anew.
 - ``strategy.process_dataloader``: where loaders pass before they are iterated.
 - ``_checkpoint_connector.resume_start``: where Lightning chooses what to resume from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -40,11 +43,21 @@ class LoopHooks:
 
 
 def stepped(trainer: pl.Trainer) -> bool:
-    """Whether the batch that just ended ended with an update, so that no gradients are pending."""
-    loop = trainer.fit_loop.epoch_loop
-    if trainer.lightning_module.automatic_optimization:
-        return not loop._should_accumulate()
-    return True  # manual optimization: the caller compares `global_step` before and after
+    """In automatic optimization: whether the batch that just ended ended with an update."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+@contextlib.contextmanager
+def as_of_epoch(trainer: pl.Trainer, epoch: int | None) -> Iterator[None]:
+    """Let a loader be made as it was in ``epoch``, and count its age from there; None: now."""
+    current = trainer.fit_loop.epoch_progress.current
+    now = current.completed
+    if epoch is not None:
+        current.completed = epoch
+    try:
+        yield
+    finally:
+        current.completed = now
 
 
 def validation_is_next(trainer: pl.Trainer, fetcher: Any) -> bool:
@@ -54,7 +67,7 @@ def validation_is_next(trainer: pl.Trainer, fetcher: Any) -> bool:
 
 
 def end_restart(trainer: pl.Trainer) -> None:
-    """Tell the loops that they are where they say they are, so that they repeat and skip nothing."""
+    """Tell the loops that they are where they say, so that they repeat and skip nothing."""
     fit_loop = trainer.fit_loop
     fit_loop.epoch_loop.restarting = False
     fit_loop._restarting = False
@@ -62,7 +75,7 @@ def end_restart(trainer: pl.Trainer) -> None:
 
 
 def finished_progress(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> bool:
-    """Whether ``checkpoint`` was taken after the last step: Lightning would skip what follows it."""
+    """Whether it was taken after the last step: Lightning would skip what follows that."""
     return bool(trainer.max_steps != -1 and checkpoint["global_step"] >= trainer.max_steps)
 
 
@@ -83,6 +96,13 @@ def _zeroed(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _zeroed(v) for k, v in value.items()}
     return 0 if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def without_loader_states(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A shallow copy whose loaders Lightning does not position: it would do so a batch too late."""
+    fit = dict(checkpoint["loops"]["fit_loop"])
+    fit["state_dict"] = {k: v for k, v in fit["state_dict"].items() if k != "combined_loader"}
+    return {**checkpoint, "loops": {**checkpoint["loops"], "fit_loop": fit}}
 
 
 def restore_progress(trainer: pl.Trainer, saved: dict[str, Any]) -> None:

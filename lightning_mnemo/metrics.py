@@ -5,6 +5,7 @@ A Lightning checkpoint has none of it, so an epoch's averages would start over a
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _ResultMetric,
     _Sync,
 )
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 _META = (
     "fx",
@@ -29,7 +30,7 @@ _META = (
     "dataloader_idx",
     "metric_attribute",
 )
-_INTERNAL = ("_update_count", "_computed", "_forward_cache")
+_GROUPS = ("_groups", "_groups_checked", "_state_is_copy")
 
 
 def capture_metrics(trainer: pl.Trainer) -> dict[str, Any]:
@@ -38,6 +39,10 @@ def capture_metrics(trainer: pl.Trainer) -> dict[str, Any]:
     loop = trainer.fit_loop.epoch_loop
     return {
         "modules": {name: _metric_state(metric) for name, metric in _metrics_of(trainer)},
+        "collections": {
+            name: {key: copy.deepcopy(vars(collection)[key]) for key in _GROUPS}
+            for name, collection in _collections_of(trainer)
+        },
         "results": [_result_state(key, result) for key, result in loop._results.items()],
         "callback": dict(connector._callback_metrics),
         "logged": dict(connector._logged_metrics),
@@ -51,6 +56,8 @@ def restore_metrics(trainer: pl.Trainer, state: dict[str, Any]) -> None:
     for name, metric in _metrics_of(trainer):
         if name in state["modules"]:
             _restore_metric(metric, state["modules"][name])
+    for name, collection in _collections_of(trainer):
+        vars(collection).update(state["collections"].get(name, {}))
     results = trainer.fit_loop.epoch_loop._results
     results.clear()
     for saved in state["results"]:
@@ -63,33 +70,38 @@ def restore_metrics(trainer: pl.Trainer, state: dict[str, Any]) -> None:
 
 
 def _metrics_of(trainer: pl.Trainer) -> list[tuple[str, Metric]]:
-    return [
-        (n, module)
-        for n, module in trainer.lightning_module.named_modules()
-        if isinstance(module, Metric)
-    ]
+    named = trainer.lightning_module.named_modules()
+    return [(name, module) for name, module in named if isinstance(module, Metric)]
+
+
+def _collections_of(trainer: pl.Trainer) -> list[tuple[str, MetricCollection]]:
+    """Metrics of a collection that update alike are grouped, and only one of them is updated."""
+    named = trainer.lightning_module.named_modules()
+    return [(name, module) for name, module in named if isinstance(module, MetricCollection)]
 
 
 def _metric_state(metric: Metric) -> dict[str, Any]:
-    state = {name: _copy(getattr(metric, name)) for name in metric._defaults}
-    return {"state": state, **{name: _copy(getattr(metric, name)) for name in _INTERNAL}}
+    """Accumulators, and the plain attributes in which wrappers such as `MinMaxMetric` remember."""
+    return {
+        name: list(value) if isinstance(value, list) else value
+        for name, value in vars(metric).items()
+        if _is_plain(value) or name in metric._defaults
+    }
 
 
-def _copy(value: Any) -> Any:
-    """Accumulators grow in place, so lists are copied; tensors are copied with the snapshot."""
-    return list(value) if isinstance(value, list) else value
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, torch.Tensor))
 
 
 def _restore_metric(metric: Metric, saved: dict[str, Any]) -> None:
-    for name, value in saved["state"].items():
-        device = metric.device
-        setattr(
-            metric,
-            name,
-            [v.to(device) for v in value] if isinstance(value, list) else value.to(device),
-        )
-    for name in _INTERNAL:
-        setattr(metric, name, saved[name])
+    for name, value in saved.items():
+        setattr(metric, name, _to(value, metric.device))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_to(item, device) for item in value]
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _result_state(key: str, result: _ResultMetric) -> dict[str, Any]:

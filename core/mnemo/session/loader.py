@@ -8,9 +8,11 @@ A digest over the indices proves that the order is the same.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -19,29 +21,23 @@ import xxhash
 from torch.utils.data import DataLoader, IterableDataset
 
 from mnemo import faults
+from mnemo.session.generators import generators_of_sampler, get_states, set_states
 from mnemo.snapshot.rng import capture_rng, restore_rng
 
 _REMEMBERED: Final = 4096
 """Digests kept: more than any loader prefetches."""
 
 
-class SampleIndex(int):
-    """A sample's index that knows which pass it is drawn in; travels to loader workers."""
+@dataclass(frozen=True)
+class PassIndex:
+    """A sample's index with the pass that it is drawn in; travels to loader workers."""
 
-    epoch: int
-
-    def __new__(cls, index: int, epoch: int) -> SampleIndex:
-        """An int equal to ``index``."""
-        made = super().__new__(cls, index)
-        made.epoch = epoch
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SampleIndex, (int(self), self.epoch)
+    index: Any
+    number: int
 
 
 class SeededDataset:
-    """Seeds every sample by run, epoch and index, and leaves the generators as they were.
+    """Seeds every sample by run, pass and index, and leaves the generators as they were.
 
     Random augmentation then gives the same sample in whichever worker, and however often the
     training was interrupted.
@@ -55,21 +51,22 @@ class SeededDataset:
         return len(self.wrapped_dataset)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "wrapped_dataset":
+        # A batched fetch of the dataset's own would go round the seeding.
+        if name in ("wrapped_dataset", "__getitems__"):
             raise AttributeError(name)
         return getattr(self.wrapped_dataset, name)
 
     def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, SampleIndex):
+        if not isinstance(index, PassIndex):
             return self.wrapped_dataset[index]
         before = capture_rng()
-        key = f"{self._seed}|{index.epoch}|{int(index)}".encode()
+        key = f"{self._seed}|{index.number}|{index.index!r}".encode()
         seed = xxhash.xxh3_64_intdigest(key)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed % 2**63)
         try:
-            return self.wrapped_dataset[int(index)]
+            return self.wrapped_dataset[index.index]
         finally:
             restore_rng(before)
 
@@ -80,25 +77,26 @@ class ReplaySampler:
     Args:
         sampler: The sampler whose order counts: what it yields is one batch for the loader, or
             one sample where the loader does not batch.
-        generator: The loader's own generator, if it has one.
-        mark_epoch: Yield `SampleIndex` instead of int, for `SeededDataset`.
+        generators: Random generators of its own and the loader's.
+        mark: Given what is drawn and the pass, makes what is yielded, for `SeededDataset`.
     """
 
     def __init__(
-        self, sampler: Any, generator: torch.Generator | None, *, mark_epoch: bool = False
+        self,
+        sampler: Any,
+        generators: Sequence[Any] = (),
+        mark: Callable[[Any, int], Any] | None = None,
     ) -> None:
         self.inner = sampler
-        self._generator = generator
-        self._mark_epoch = mark_epoch
-        self._skip = 0
-        self._resume: dict[str, Any] | None = None
-        self._undrawn: dict[str, Any] | None = None
-        """The resumed pass, as long as nothing was drawn of it: a snapshot then repeats it."""
-        self._passes = 0
-        self._start: dict[str, Any] = {}
-        self._digests: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED)
+        self.passes = 0
+        """Passes begun, earlier lives included."""
         self.order_differs = False
         """Whether the last resumed pass did not draw the order of the one that was interrupted."""
+        self._generators = generators
+        self._mark = mark
+        self._resume: dict[str, Any] | None = None
+        self._start: dict[str, Any] = {}
+        self._digests: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED)
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -109,73 +107,61 @@ class ReplaySampler:
         return getattr(self.inner, name)
 
     def __iter__(self) -> Iterator[Any]:
-        # Not a generator itself: an iterator that is made but never drawn from, as that of an
-        # epoch which was interrupted after its last batch, has to count as the resumed pass.
-        resumed, self._resume = self._resume, None
-        skip, self._skip = self._skip, 0
-        self._passes = self._passes + 1 if resumed is None else int(resumed["pass"])
-        self._undrawn = resumed
-        return self._draw(resumed, skip)
-
-    def _draw(self, resumed: dict[str, Any] | None, skip: int) -> Iterator[Any]:
-        self._undrawn = None
-        state = self._random_state()
-        if resumed is not None:
-            self._set_random_state(resumed["random"])
-        self._start = self._random_state()
-        self._digests.clear()
-        digest = xxhash.xxh3_64(self._passes.to_bytes(8, "little"))
-        iterator = iter(self.inner)
-        count = 0
+        # A generator, so that a pass begins with its first draw: a loader with workers makes two
+        # iterators and draws from the second.
+        iterator, count, digest = self._begin()
         for drawn in iterator:
             count += 1
-            digest.update(_index_bytes(drawn))
-            self._digests.append((count, digest.intdigest()))
-            if count < skip:
-                continue
-            if count == skip:
-                self._after_skip(resumed, digest.intdigest(), state)
-                continue
+            self._note(digest, drawn, count)
             faults.reach("loading")
-            yield self._marked(drawn)
+            yield drawn if self._mark is None else self._mark(drawn, self.passes)
 
-    def _after_skip(
-        self, resumed: dict[str, Any] | None, digest: int, state: dict[str, Any]
-    ) -> None:
-        """The consumed part has been drawn again: compare it, and undo what drawing it consumed."""
+    def _begin(self) -> tuple[Iterator[Any], int, Any]:
+        """Start a pass, or go on with the interrupted one behind what was consumed of it."""
+        resumed, self._resume = self._resume, None
+        self.passes = self.passes + 1 if resumed is None else int(resumed["pass"])
+        now = capture_rng()
         if resumed is not None:
-            self.order_differs = resumed["digest"] is not None and digest != resumed["digest"]
-            self._set_random_state(state)
+            restore_rng(resumed["random"])
+            set_states(self._generators, resumed["own"])
+        self._start = {"random": capture_rng(), "own": get_states(self._generators)}
+        self._digests.clear()
+        digest = xxhash.xxh3_64(self.passes.to_bytes(8, "little"))
+        iterator = iter(self.inner)
+        if resumed is None:
+            return iterator, 0, digest
+        count = 0
+        for drawn in itertools.islice(iterator, int(resumed["consumed"])):
+            count += 1
+            self._note(digest, drawn, count)
+        self.order_differs = resumed["digest"] not in (None, digest.intdigest())
+        restore_rng(now)  # its own generators stay: they are where the interrupted pass left them
+        return iterator, count, digest
 
-    def _marked(self, drawn: Any) -> Any:
-        if not self._mark_epoch:
-            return drawn
-        if isinstance(drawn, (list, tuple)):
-            return [SampleIndex(int(i), self._passes) for i in drawn]
-        return SampleIndex(int(drawn), self._passes)
-
-    def _random_state(self) -> dict[str, Any]:
-        own = None if self._generator is None else self._generator.get_state()
-        return {"all": capture_rng(), "own": own}
-
-    def _set_random_state(self, state: dict[str, Any]) -> None:
-        restore_rng(state["all"])
-        if self._generator is not None and state["own"] is not None:
-            self._generator.set_state(state["own"])
+    def _note(self, digest: Any, drawn: Any, count: int) -> None:
+        digest.update(_index_bytes(drawn))
+        self._digests.append((count, digest.intdigest()))
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What `resume` needs to go on after ``consumed`` batches of the current pass."""
-        if self._undrawn is not None:
-            return self._undrawn
+        if self._resume is not None:
+            return self._resume  # nothing was drawn of it yet: it is to be resumed again
         digest = next((d for n, d in reversed(self._digests) if n == consumed), None)
-        return {"pass": self._passes, "random": self._start, "digest": digest, "consumed": consumed}
+        return {"pass": self.passes, "digest": digest, "consumed": consumed, **self._start}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Make the next pass the interrupted one, without what was consumed of it."""
-        if not state["random"]:
-            return
-        self._resume = state
-        self._skip = int(state["consumed"])
+        if "random" in state:
+            self._resume = state
+
+    def end_pass(self) -> None:
+        """The next pass is a new one, even if nothing was drawn of a resumed one."""
+        if self._resume is not None:
+            self._begin()
+
+
+def _mark_batch(batch: Any, number: int) -> list[PassIndex]:
+    return [PassIndex(index, number) for index in batch]
 
 
 def _index_bytes(drawn: Any) -> bytes:
@@ -190,7 +176,7 @@ def make_replayable(loader: Any, *, seed: int | None = None) -> ReplaySampler | 
 
     Args:
         loader: A `torch.utils.data.DataLoader`, or anything else that yields batches.
-        seed: Seed each sample from this, by epoch and index.
+        seed: Seed each sample from this, by pass and index.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
@@ -198,7 +184,9 @@ def make_replayable(loader: Any, *, seed: int | None = None) -> ReplaySampler | 
     current = getattr(loader, name)
     if isinstance(current, ReplaySampler):
         return current
-    replay = ReplaySampler(current, loader.generator, mark_epoch=seed is not None)
+    generators = generators_of_sampler(loader)
+    mark = None if seed is None else _mark_batch if name == "batch_sampler" else PassIndex
+    replay = ReplaySampler(current, generators, mark)
     # DataLoader forbids setting these once it is made; object's own setter does not.
     object.__setattr__(loader, name, replay)
     if seed is not None:
@@ -211,15 +199,7 @@ def draws_in_workers(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and loader.num_workers > 0
 
 
-def pass_position(consumed: int, length: int | None) -> int:
-    """Batches consumed of the current pass of a loader that starts over after ``length``."""
-    return (
-        consumed if not length or consumed == 0 else consumed - length * ((consumed - 1) // length)
-    )
-
-
-def fast_forward(iterator: Iterable[Any], count: int) -> None:
+def fast_forward(iterator: Iterator[Any], count: int) -> None:
     """Draw and throw away ``count`` batches."""
-    it = iter(iterator)
     for _ in range(count):
-        next(it, None)
+        next(iterator, None)

@@ -1,0 +1,138 @@
+"""State that the next batch depends on and that no Lightning checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+from mnemo.session.keeper import Keeper
+
+
+class Extras:
+    """Flags of modules and trainer, buffers outside ``state_dict``, waiting gradients."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._module = trainer.lightning_module
+        self._untouched = {name: _identity(b) for name, b in _unsaved_buffers(self._module)}
+        self._stepped: set[int] = set()
+        self._handles: list[Any] = []
+
+    # --- manual optimization ------------------------------------------------------------------
+
+    def watch_optimizers(self, keeper: Keeper) -> None:
+        """In manual optimization: notice each step, by whomever it is made."""
+        if self._module.automatic_optimization:
+            return
+        for number, optimizer in enumerate(self._trainer.optimizers):
+            raw = getattr(optimizer, "_optimizer", optimizer)
+
+            def before_step(*_: Any, number: int = number) -> None:
+                keeper.before_update()
+                self._stepped.add(number)
+
+            self._handles.append(raw.register_step_pre_hook(before_step))
+
+    def has_stepped(self) -> bool:
+        """Whether an optimizer has stepped since the last boundary."""
+        return bool(self._stepped)
+
+    def begin_batch(self) -> None:
+        """The steps made so far belong to a boundary that is past."""
+        self._stepped.clear()
+
+    def waiting(self) -> dict[int, list[torch.Tensor | None]]:
+        """Gradients of optimizers that did not step: they will be added to."""
+        if self._module.automatic_optimization:
+            return {}
+        found = {}
+        for number, optimizer in enumerate(self._trainer.optimizers):
+            gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
+            if number not in self._stepped and any(g is not None for g in gradients):
+                found[number] = gradients
+        return found
+
+    def volatile(self) -> set[int]:
+        """Addresses of tensors that change before the next update."""
+        found = {b.data_ptr() for b in self._module.buffers()}
+        found |= {g.data_ptr() for gs in self.waiting().values() for g in gs if g is not None}
+        return found
+
+    # --- state --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything, by reference."""
+        return {
+            "modes": {name: m.training for name, m in self._module.named_modules()},
+            "frozen": [n for n, p in self._module.named_parameters() if not p.requires_grad],
+            "buffers": {
+                name: buffer
+                for name, buffer in _unsaved_buffers(self._module)
+                if self._untouched.get(name) != _identity(buffer)
+            },
+            "gradients": self.waiting(),
+            "should_stop": self._trainer.should_stop,
+            "accumulate": self._trainer.accumulate_grad_batches,
+        }
+
+    def restore(self, state: dict[str, Any], optimizer_states: list[dict[str, Any]]) -> None:
+        """The inverse of `state`, when loops and optimizers are where they were."""
+        trainer, module = self._trainer, self._module
+        for name, child in module.named_modules():
+            child.training = state["modes"].get(name, child.training)
+        frozen = set(state["frozen"])
+        for name, parameter in module.named_parameters():
+            if parameter.is_leaf and parameter.requires_grad is (name in frozen):
+                parameter.requires_grad_(name not in frozen)
+        for name, buffer in _unsaved_buffers(module):
+            if name in state["buffers"]:
+                saved = state["buffers"][name].to(buffer.device)
+                path, _, own = name.rpartition(".")
+                module.get_submodule(path)._buffers[own] = saved
+        for number, gradients in state["gradients"].items():
+            optimizer = trainer.optimizers[number]
+            parameters = [p for g in optimizer.param_groups for p in g["params"]]
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        trainer.should_stop = state["should_stop"]
+        trainer.accumulate_grad_batches = state["accumulate"]
+        _resume_weight_averaging(trainer, optimizer_states)
+
+    def undo(self) -> None:
+        """Remove what was registered."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _unsaved_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, child in module.named_modules():
+        for name in sorted(child._non_persistent_buffers_set):
+            buffer = child._buffers.get(name)
+            if buffer is not None:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+    return id(tensor), tensor._version
+
+
+def _resume_weight_averaging(trainer: pl.Trainer, optimizer_states: list[dict[str, Any]]) -> None:
+    """Stochastic weight averaging sets itself up at the start of an epoch; go through that again.
+
+    Making its scheduler changes learning rates, so those are set back to what they were.
+    """
+    for callback in trainer.callbacks:
+        if not isinstance(callback, StochasticWeightAveraging) or callback._initialized:
+            continue
+        if callback.swa_start <= trainer.current_epoch <= callback.swa_end:
+            callback.on_train_epoch_start(trainer, trainer.lightning_module)
+            for optimizer, saved in zip(trainer.optimizers, optimizer_states, strict=True):
+                for group, values in zip(
+                    optimizer.param_groups, saved["param_groups"], strict=True
+                ):
+                    group.update({k: v for k, v in values.items() if k != "params"})
