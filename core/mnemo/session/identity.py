@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def describe_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[st
 def require_same_model(
     entries: Iterable[TensorEntry],
     current: Mapping[str, torch.Tensor],
-    prefix: str,
+    prefixes: Sequence[str],
     run_id: str,
     step: int,
 ) -> None:
@@ -107,8 +107,8 @@ def require_same_model(
 
     Args:
         entries: The snapshot's tensors.
-        current: The model's tensors by name, without ``prefix``.
-        prefix: What model tensors' names start with in the snapshot.
+        current: The model's tensors by name.
+        prefixes: What these names are preceded by in the snapshot.
         run_id: For the message.
         step: For the message.
 
@@ -116,9 +116,10 @@ def require_same_model(
         ModelChangedError: Names, shapes or types differ; lists which.
     """
     then = {
-        e.name.removeprefix(prefix): (e.dtype, tuple(e.shape))
+        e.name.removeprefix(p): (e.dtype, tuple(e.shape))
         for e in entries
-        if e.name.startswith(prefix)
+        for p in prefixes
+        if e.name.startswith(p)
     }
     now = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in current.items()}
     aliases = _aliases(current)

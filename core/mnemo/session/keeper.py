@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,8 @@ class Keeper:
         self._last_boundary: float | None = None
         self._captured_last = False
         self._stopping = False
+        self._captured_tick = NOTHING
+        self._first_loss: torch.Tensor | None = None
         self._reached = max((p["step"] for p in self._link.board.positions()), default=0)
         """Newest step that any rank had done when an earlier life ended."""
         self._opened = time.time()
@@ -153,20 +155,21 @@ class Keeper:
             found.identity,
         )
 
-    def accept(self, restored: Restored, model: Mapping[str, torch.Tensor], prefix: str) -> None:
+    def accept(
+        self, restored: Restored, model: Mapping[str, torch.Tensor], prefixes: Sequence[str]
+    ) -> None:
         """Training goes on from ``restored``; what was sealed later is void.
 
         Args:
             restored: What `find` found.
             model: The model's tensors by name, to be compared with the snapshot's.
-            prefix: What their names start with in the captured state.
+            prefixes: What these names are preceded by in the captured state.
 
         Raises:
             ModelChangedError: The snapshot belongs to another model; nothing was touched.
         """
-        require_same_model(
-            restored.entries, model, "state." + prefix, self.identity.run_id, restored.step
-        )
+        paths = ["state." + prefix for prefix in prefixes]
+        require_same_model(restored.entries, model, paths, self.identity.run_id, restored.step)
         self._link.ask(m.Resume(restored.tick if restored.origin == "memory" else NOTHING), m.Done)
         self._lead(restored.tick // 2)
         self._then = restored.fingerprints
@@ -313,7 +316,7 @@ class Keeper:
         *,
         volatile: Callable[[], Collection[int]] = tuple,
         watch: tuple[str, ...] = (),
-        clean: Callable[[], bool] = lambda: True,
+        loss: torch.Tensor | None = None,
     ) -> None:
         """An optimizer step and all that belongs to it is done: take a snapshot if one is due.
 
@@ -323,13 +326,15 @@ class Keeper:
             state: Gives the state, by reference; only called when a snapshot is taken.
             volatile: Gives the ``data_ptr`` of tensors that change before the next update.
             watch: Path prefixes of tensors that must be finite.
-            clean: False if this step's loss was not finite: the snapshot would be worthless.
-                Only called when one is due.
+            loss: This step's loss. A snapshot is only taken where it is finite, and the one before
+                is void if the first loss computed with it was not.
         """
         now = time.perf_counter()
         board = self._link.board
         board.report(self.place.local_rank, position)
         number, after = divmod(position.tick, 2)
+        if self._first_loss is None and not after:
+            self._first_loss = loss
         if not after:
             if self._last_boundary is not None and self.place.local_rank == 0:
                 self._cadence.observe(now - self._last_boundary, beside=self._captured_last)
@@ -339,7 +344,7 @@ class Keeper:
             self._stopping = True
         if not self._is_due(number) and not self._stopping:
             return
-        if not clean():
+        if not self._is_clean(loss, position):
             self._skip_suspect(position)
         else:
             assert self._engine is not None
@@ -353,6 +358,7 @@ class Keeper:
                     watch=tuple("state." + w for w in watch),
                 )
             self._captured_last = not after
+            self._captured_tick, self._first_loss = position.tick, None
         if self.place.local_rank == 0 and not after:
             board.schedule(
                 number
@@ -380,6 +386,18 @@ class Keeper:
         if every is not None:
             return number % every == 0
         return self._link.board.is_scheduled(number)
+
+    def _is_clean(self, loss: torch.Tensor | None, position: Position) -> bool:
+        """Whether nothing speaks against the state; voids the last snapshot where its loss does."""
+        if self._first_loss is not None and not _is_finite(self._first_loss):
+            self._event(
+                "suspect", f"the first loss after snapshot {self._captured_tick // 2} is not finite"
+            )
+            with contextlib.suppress(SmpError):
+                self._link.ask(m.Resume(self._captured_tick - 1), m.Done)
+            self._first_loss = None
+            return False
+        return loss is None or _is_finite(loss)
 
     def _skip_suspect(self, position: Position) -> None:
         if self._engine is not None:
@@ -461,3 +479,7 @@ class Keeper:
         self.journal.write(
             "degraded", run=self.identity.run_id, rank=self.place.rank, kind=kind, text=words
         )
+
+
+def _is_finite(loss: torch.Tensor) -> bool:
+    return bool(torch.isfinite(loss).all())

@@ -16,6 +16,7 @@ from mnemo.session.keeper import Keeper
 from mnemo.session.loader import ReplaySampler, draws_in_workers, fast_forward, make_replayable
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.smp.board import Position
+from mnemo.snapshot.listing import MODULE_PARTS, join_module_state, module_state, optimizer_state
 from mnemo.snapshot.rng import restore_rng
 
 
@@ -99,8 +100,13 @@ class Session:
         finally:
             self._close(finished=finished)
 
-    def step(self) -> None:
-        """Update the parameters and commit: optimizer, scheduler, then gradients to None."""
+    def step(self, loss: torch.Tensor | None = None) -> None:
+        """Update the parameters and commit: optimizer, scheduler, then gradients to None.
+
+        Args:
+            loss: This step's loss, if it should be watched: no snapshot is taken of a step whose
+                loss is not finite.
+        """
         keeper = self._keeper
         if keeper is not None:
             keeper.before_update()
@@ -111,7 +117,13 @@ class Session:
         self._step += 1
         if keeper is not None:
             position = Position(2 * self._step, self._step, self._epoch, self._batch, time.time())
-            keeper.boundary(position, self._state, volatile=self._volatile, watch=("model",))
+            keeper.boundary(
+                position,
+                self._state,
+                volatile=self._volatile,
+                watch=("model",),
+                loss=None if loss is None else loss.detach(),
+            )
 
     @property
     def keeper(self) -> Keeper | None:
@@ -130,7 +142,9 @@ class Session:
             if restored is None:
                 keeper.forget()
             else:
-                keeper.accept(restored, self._model.state_dict(), "model.")
+                keeper.accept(
+                    restored, self._model.state_dict(), [f"model.{p}." for p in MODULE_PARTS]
+                )
             keeper.begin(
                 {
                     "optimizer": optimizer_fingerprint([self._optimizer]),
@@ -166,8 +180,11 @@ class Session:
             for sampler in (part, getattr(part, "sampler", None)):
                 with contextlib.suppress(AttributeError):
                     sampler.set_epoch(self._epoch)
-        if position is not None and self._replay is not None:
-            self._replay.resume(position["replay"])
+        if self._replay is not None:
+            if position is None:
+                self._replay.end_pass()
+            else:
+                self._replay.resume(position["replay"])
         iterator = iter(loader)
         if position is not None:
             if self._replay is None:
@@ -181,8 +198,8 @@ class Session:
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {
-            "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "model": module_state(self._model),
+            "optimizer": optimizer_state(self._optimizer),
             "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
             "position": {
                 "step": self._step,
@@ -196,7 +213,7 @@ class Session:
         return state
 
     def _load(self, state: dict[str, Any]) -> None:
-        self._model.load_state_dict(state["model"])
+        self._model.load_state_dict(join_module_state(state["model"]))
         self._optimizer.load_state_dict(state["optimizer"])
         if self._scheduler is not None and "scheduler" in state:
             self._scheduler.load_state_dict(state["scheduler"])

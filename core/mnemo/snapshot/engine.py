@@ -1,10 +1,10 @@
 """Takes snapshots in the background of the step that follows.
 
-Parameters and optimizer state change only in the optimizer's update, so what `SnapshotEngine.capture`
-lists after one update may be copied until the next. `before_update` is called right before that and
-waits for the copy; the time it waits is the *stall*. That nothing was written meanwhile is checked
-by each tensor's ``_version``, and where asked by hashing the source again: a tensor that was written
-voids the snapshot and is copied at once from then on.
+Parameters and optimizer state change only in the optimizer's update, so what `capture` lists after
+one update may be copied until the next. `before_update` is called right before that and waits for
+the copy; the time it waits is the *stall*. That nothing was written meanwhile is checked by each
+tensor's ``_version``, and where asked by hashing the source again: a tensor that was written voids
+the snapshot and is copied at once from then on.
 """
 
 from __future__ import annotations
@@ -61,18 +61,32 @@ class Counters:
 
 @dataclass
 class _Plan:
-    """A layout with views of the tensors it was made for."""
+    """A layout, views of the tensors it was made for, and the copies to be done."""
 
+    parts: list[tree.Part]
     signature: list[tuple[Any, ...]]
+    names: list[str]
     layout: Layout
     own: list[int]
     shared: list[int]
     numbers: list[str]
     pointers: list[int]
+    """``data_ptr`` of the tensors outside stable parts."""
     sources: list[Bytes | torch.Tensor]
     stage: Bytes
     chunks: list[list[copier.Piece]] | None = None
+    """The shared part, piece by piece; None after a tensor has moved."""
+    jobs: dict[int, tuple[copier.Job, copier.Job]] = field(default_factory=dict)
+    """By segment: how to fill its own and its shared part."""
     witnessed: int = 0
+    at_once: list[tuple[Bytes, Bytes | torch.Tensor]] | None = None
+
+    def own_moves(self) -> list[tuple[Bytes, Bytes | torch.Tensor]]:
+        """The copies that are done at once, into ``stage``."""
+        if self.at_once is None:
+            places = [(self.layout.entries[i], self.sources[i]) for i in self.own]
+            self.at_once = [(self.stage[e.offset : e.offset + e.nbytes], s) for e, s in places]
+        return self.at_once
 
 
 @dataclass
@@ -133,6 +147,7 @@ class SnapshotEngine:
         self._verify = verify
         self._on_event = on_event or (lambda kind, words: log.warning("%s: %s", kind, words))
         self._plan: _Plan | None = None
+        self._parts: dict[str, tree.Part] = {}
         self._at_once: set[str] = set()
         self._maps: dict[int, Bytes] = {}
         self._inodes: dict[int, int] = {}
@@ -168,28 +183,19 @@ class SnapshotEngine:
         """
         begun = time.perf_counter()
         self.before_update()
-        skeleton, tensors = tree.take_apart(state)
-        plan = self._plan_for(tensors, volatile, watch)
-        for i in plan.own:
-            entry = plan.layout.entries[i]
-            target = plan.stage[entry.offset : entry.offset + entry.nbytes]
-            source = plan.sources[i]
+        taken = tree.take_apart(state, self._parts)
+        plan = self._plan_for(taken, volatile, watch)
+        for target, source in plan.own_moves():
             if isinstance(source, torch.Tensor):
                 torch.from_numpy(target).copy_(source)
             else:
                 np.copyto(target, source)
+        tensors = taken.all_tensors()
         shared = [tensors[i][1] for i in plan.shared]
         count = self.counters.captured
-        self._job = _Job(
-            tick,
-            step,
-            plan,
-            tree.pack(skeleton),
-            position,
-            shared,
-            [t._version for t in shared],
-            verify=self._verify or count < _FIRST_VERIFIED or count % _VERIFY_EVERY == 0,
-        )
+        verify = self._verify or count < _FIRST_VERIFIED or count % _VERIFY_EVERY == 0
+        versions = [t._version for t in shared]
+        self._job = _Job(tick, step, plan, taken.pack(), position, shared, versions, verify)
         self.counters.captured += 1
         self._jobs.put(self._job)
         self.counters.capture_s += time.perf_counter() - begun
@@ -222,54 +228,65 @@ class SnapshotEngine:
     # --- what is where ------------------------------------------------------------------------
 
     def _plan_for(
-        self,
-        tensors: list[tuple[str, torch.Tensor]],
-        volatile: Collection[int],
-        watch: tuple[str, ...],
+        self, taken: tree.TakenApart, volatile: Collection[int], watch: tuple[str, ...]
     ) -> _Plan:
         """The plan of the same tensors as last time, or a new one."""
-        pointers = [t.data_ptr() for _, t in tensors]
-        signature = [(name, t.dtype, t.shape, t.stride(), t.device) for name, t in tensors]
-        own = [
-            p in volatile
-            or t.numel() * t.element_size() <= SMALL
-            or name in self._at_once
-            or not is_dense(t)
-            for (name, t), p in zip(tensors, pointers, strict=True)
+        rest = taken.tensors
+        pointers = [t.data_ptr() for _, t in rest]
+        signature = [
+            (name, t.dtype, t.shape, t.stride(), t.device, p in volatile)
+            for (name, t), p in zip(rest, pointers, strict=True)
         ]
         plan = self._plan
         if (
             plan is None
             or plan.signature != signature
-            or plan.own != [i for i, o in enumerate(own) if o]
+            or len(plan.parts) != len(taken.parts)
+            or any(a is not b for a, b in zip(plan.parts, taken.parts, strict=True))
         ):
-            tensors = [(name, t if is_dense(t) else t.contiguous()) for name, t in tensors]
-            layout = make_layout(tensors, own)
-            plan = self._plan = _Plan(
-                signature,
-                layout,
-                [i for i, o in enumerate(own) if o],
-                [i for i, o in enumerate(own) if not o],
-                [_number(name, t, watch) for name, t in tensors],
-                [],
-                [],
-                np.zeros(layout.own_padded, dtype=np.uint8),
-            )
-        if plan.pointers != pointers:
-            old = dict(zip(plan.pointers, plan.sources, strict=True))
-            shared_moved = (
-                [plan.pointers[i] for i in plan.shared] != [pointers[i] for i in plan.shared]
-                if plan.pointers
-                else True
-            )
-            plan.sources = [
-                old[p] if p in old and len(old[p]) == e.nbytes and is_dense(t) else _view(t)
-                for p, (_, t), e in zip(pointers, tensors, plan.layout.entries, strict=True)
-            ]
+            plan = self._plan = self._new_plan(taken, signature, volatile, watch)
             plan.pointers = pointers
-            if shared_moved:
-                plan.chunks = None
+        elif plan.pointers != pointers:
+            lazy = set(plan.shared)
+            for i, ((_, tensor), old, new) in enumerate(
+                zip(rest, plan.pointers, pointers, strict=True)
+            ):
+                if old != new or not is_dense(tensor):
+                    plan.sources[i] = _view(tensor)
+                    plan.at_once = None
+                    if i in lazy:
+                        plan.chunks = None
+            plan.pointers = pointers
         return plan
+
+    def _new_plan(
+        self,
+        taken: tree.TakenApart,
+        signature: list[tuple[Any, ...]],
+        volatile: Collection[int],
+        watch: tuple[str, ...],
+    ) -> _Plan:
+        tensors = [(n, t if is_dense(t) else t.contiguous()) for n, t in taken.all_tensors()]
+        own = [
+            original.data_ptr() in volatile
+            or t.numel() * t.element_size() <= SMALL
+            or name in self._at_once
+            or not is_dense(original)
+            for (name, t), (_, original) in zip(tensors, taken.all_tensors(), strict=True)
+        ]
+        layout = make_layout(tensors, own)
+        return _Plan(
+            parts=taken.parts,
+            signature=signature,
+            names=[name for name, _ in tensors],
+            layout=layout,
+            own=[i for i, o in enumerate(own) if o],
+            shared=[i for i, o in enumerate(own) if not o],
+            numbers=[_number(name, t, watch) for name, t in tensors],
+            pointers=[],
+            sources=[_view(t) for _, t in tensors],
+            stage=np.zeros(layout.own_padded, dtype=np.uint8),
+        )
 
     # --- the copy thread ----------------------------------------------------------------------
 
@@ -311,18 +328,9 @@ class SnapshotEngine:
         fd = fds[0]
         begun = time.perf_counter()
         segment.begin(fd, job.tick, job.step, size)
-        own, _ = copier.copy_chunks(
-            bulk, self._unless_cancelled(job, _stage_chunks(job.plan.stage))
-        )
-        if job.plan.chunks is None:
-            base = layout.own_padded
-            job.plan.chunks = copier.pieces_of(
-                layout, job.plan.sources, base, layout.total, job.plan.numbers
-            )
-        chunks = job.plan.chunks[start // CHUNK : -(-stop // CHUNK)]
-        shared, finite = copier.copy_chunks(
-            bulk[layout.own_padded :], self._unless_cancelled(job, chunks)
-        )
+        chunks, (own_job, shared_job) = self._prepare(job.plan, granted.index, bulk, start, stop)
+        own, _ = copier.copy(own_job)
+        shared, finite = copier.copy(self._unless_cancelled(job, shared_job))
         witness = self._witness(job.plan, start // CHUNK, -(-stop // CHUNK))
         self._check_untouched(job, chunks, shared)
         self.counters.copy_s = time.perf_counter() - begun
@@ -336,6 +344,24 @@ class SnapshotEngine:
             raise _CancelledError("non-finite parameters")
         faults.reach("seal", step=job.step)
         self._seal(job, granted.index, fd, size, (start, stop), own + shared, witness)
+
+    def _prepare(
+        self, plan: _Plan, index: int, bulk: Bytes, start: int, stop: int
+    ) -> tuple[list[list[copier.Piece]], tuple[copier.Job, copier.Job]]:
+        """This rank's chunks of the shared part, and the moves that fill segment ``index``."""
+        base = plan.layout.own_padded
+        if plan.chunks is None:
+            plan.jobs.clear()
+            plan.chunks = copier.pieces_of(
+                plan.layout, plan.sources, base, plan.layout.total, plan.numbers
+            )
+        chunks = plan.chunks[start // CHUNK : -(-stop // CHUNK)]
+        known = plan.jobs.get(self._inodes[index])
+        if known is None:
+            own = copier.plan_moves(bulk, _stage_chunks(plan.stage))
+            known = own, copier.plan_moves(bulk[base:], chunks)
+            plan.jobs[self._inodes[index]] = known
+        return chunks, known
 
     def _seal(
         self,
@@ -395,13 +421,15 @@ class SnapshotEngine:
     def _drop_maps(self, keep: set[int]) -> None:
         """Unmap segments that are no more, so that their memory is given back."""
         for index in [i for i in self._maps if i not in keep]:
+            if self._plan is not None:
+                self._plan.jobs.pop(self._inodes[index], None)
             del self._maps[index], self._inodes[index]
         self._link.forget(set(self._maps))
 
     @staticmethod
     def _unless_cancelled(
-        job: _Job, chunks: list[list[copier.Piece]]
-    ) -> Iterator[list[copier.Piece]]:
+        job: _Job, chunks: copier.Job
+    ) -> Iterator[tuple[Bytes, list[copier.Move]]]:
         for i, chunk in enumerate(chunks):
             if job.cancelled:
                 raise _CancelledError("the update did not wait")
@@ -424,7 +452,7 @@ class SnapshotEngine:
 
     def _check_untouched(self, job: _Job, chunks: list[list[copier.Piece]], digests: bytes) -> None:
         """Nothing was written while it was being copied, or the snapshot is void."""
-        names = [job.plan.signature[i][0] for i in job.plan.shared]
+        names = [job.plan.names[i] for i in job.plan.shared]
         touched = [
             n for n, t, v in zip(names, job.tensors, job.versions, strict=True) if t._version != v
         ]
@@ -434,6 +462,7 @@ class SnapshotEngine:
                     touched += _tensors_of(job.plan, chunk, names)
         if touched:
             self._at_once.update(touched)
+            self._plan = None
             self.counters.torn += 1
             more = f" and {len(touched) - 1} more" if len(touched) > 1 else ""
             raise SnapshotError(

@@ -5,7 +5,6 @@ Every chunk is checked against its digest on the way, in the pass that copies it
 
 from __future__ import annotations
 
-import functools
 import mmap
 import os
 import pickle
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -23,6 +23,15 @@ from mnemo.snapshot import tree
 from mnemo.snapshot.layout import Bytes, rebuild
 from mnemo.transport import auth
 from mnemo.types import GenerationState
+
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    msgspec.MsgspecError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -100,20 +109,18 @@ def read_state(sources: Mapping[int, Source], rank: int, secret: bytes | None) -
         raise IntegrityError(
             f"the small state of rank {rank} at step {mine.header.step} fails its MAC"
         )
+    memory = _gather(mine.meta, [mine, *(s for r, s in sources.items() if r != rank)])
+    entries = mine.meta.tensors
     try:
-        skeleton = tree.unpack(mine.meta.small, trusted=True)
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        return tree.unpack(
+            mine.meta.small,
+            lambda i: rebuild(entries[i], torch.from_numpy(memory[i])),
+            trusted=True,
+        )
+    except _UNREADABLE as error:
         raise IntegrityError(
             f"the small state of rank {rank} at step {mine.header.step} cannot be opened: {error}"
         ) from error
-    memory = _gather(mine.meta, [mine, *(s for r, s in sources.items() if r != rank)])
-    entries = mine.meta.tensors
-
-    @functools.cache
-    def tensor(index: int) -> torch.Tensor:  # one for all its names: tied weights stay tied
-        return rebuild(entries[index], torch.from_numpy(memory[index]))
-
-    return tree.put_together(skeleton, tensor)
 
 
 def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:

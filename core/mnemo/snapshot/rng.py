@@ -12,8 +12,9 @@ import torch
 def capture_rng() -> dict[str, Any]:
     """The generators' states, as tensors and plain values."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
     return {
-        "python": random.getstate(),
+        "python": (version, torch.from_numpy(np.array(internal, dtype=np.int64)), gauss),
         "numpy": (
             str(name),
             torch.from_numpy(keys.astype(np.int64)),
@@ -31,7 +32,7 @@ def capture_rng() -> dict[str, Any]:
 def restore_rng(state: dict[str, Any]) -> None:
     """Put every generator back to ``state``."""
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.tolist()), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])

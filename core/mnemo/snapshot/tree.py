@@ -1,26 +1,71 @@
 """A nested state is taken apart into its tensors and a skeleton, and put together again.
 
 The skeleton is the same structure with a marker where each tensor was. It is pickled, so it only
-holds what a checkpoint would hold; the tensors go their own, faster way.
+holds what a checkpoint would hold; the tensors go their own, faster way. A part that says that it
+is `Stable` is taken apart once and then used again as long as its tensors are the same ones.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
 import torch
 
 MARK: Final = "\0mnemo.tensor"
+_PART: Final = "\0mnemo.part"
+_PLAIN_TYPES: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+Named = list[tuple[str, torch.Tensor]]
 
 
-def is_plain(value: object) -> bool:
-    """Whether ``value`` is a tensor whose bytes are its whole content."""
+@dataclass(frozen=True)
+class Stable:
+    """A part of a state whose structure is the same as long as ``token`` is."""
+
+    token: object
+    """Compared with the token of the snapshot before; cheap to make."""
+    build: Callable[[], object]
+    """Gives the part itself."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stable part, taken apart: ``skeleton`` pickled, ``tensors`` named with their paths."""
+
+    token: object
+    skeleton: bytes
+    tensors: Named
+
+
+@dataclass
+class TakenApart:
+    """A whole state: the tensors of ``parts`` come after those of the rest."""
+
+    skeleton: Any
+    tensors: Named
+    parts: list[Part] = field(default_factory=list)
+
+    def pack(self) -> bytes:
+        """Everything but the tensors' bytes, for `unpack`."""
+        skeletons = [pickle.dumps(self.skeleton, protocol=2), *(p.skeleton for p in self.parts)]
+        counts = [len(self.tensors), *(len(p.tensors) for p in self.parts)]
+        return msgspec.msgpack.encode((counts, skeletons))
+
+    def all_tensors(self) -> Named:
+        """Tensors in the order of the numbers that `unpack` asks for."""
+        return [*self.tensors, *(t for part in self.parts for t in part.tensors)]
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether the bytes of ``value`` are its whole content."""
     return (
-        isinstance(value, torch.Tensor)
-        and type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        type(value) in _PLAIN_TYPES
         and value.layout is torch.strided
         and value.device.type in ("cpu", "cuda")
         and not value.is_conj()
@@ -29,51 +74,109 @@ def is_plain(value: object) -> bool:
     )
 
 
-def take_apart(tree: object) -> tuple[object, list[tuple[str, torch.Tensor]]]:
+def take_apart(state: object, known: dict[str, Part] | None = None) -> TakenApart:
     """Replace every plain tensor in nested dicts, lists and tuples by a marker.
 
-    A tensor that occurs twice (tied weights) is listed once.
+    A tensor that occurs twice within a part (tied weights) is listed once.
 
-    Returns:
-        The skeleton, and the tensors with the path at which each was met first.
+    Args:
+        state: The nested state.
+        known: Stable parts by path, taken apart before; kept up to date.
     """
-    found: list[tuple[str, torch.Tensor]] = []
-    known: dict[tuple[object, ...], int] = {}
+    known = {} if known is None else known
+    taken = TakenApart(None, [])
+    seen: dict[tuple[object, ...], int] = {}
 
     def visit(value: Any, path: str) -> Any:
-        if is_plain(value):
-            key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
-            index = known.get(key) if value.numel() else None
-            if index is None:
-                index = known[key] = len(found)
-                found.append((path, value))
-            return {MARK: index}
+        kind = type(value)
+        if kind is dict:
+            return {k: visit(v, f"{path}.{k}" if path else str(k)) for k, v in value.items()}
+        if kind is list or kind is tuple:
+            return kind([visit(v, f"{path}.{i}") for i, v in enumerate(value)])
+        if isinstance(value, torch.Tensor):
+            return {MARK: _list(value, path, taken.tensors, seen)} if is_plain(value) else value
+        if kind is Stable:
+            part = known.get(path)
+            if part is None or part.token != value.token:
+                part = known[path] = _part(value, path)
+            taken.parts.append(part)
+            return {_PART: len(taken.parts)}
         if isinstance(value, dict):
-            return _like(
-                value, {k: visit(v, f"{path}.{k}" if path else str(k)) for k, v in value.items()}
-            )
+            return _like(value, {k: visit(v, f"{path}.{k}") for k, v in value.items()})
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(
-                *(visit(v, f"{path}.{k}") for k, v in zip(value._fields, value, strict=True))
-            )
-        if type(value) in (list, tuple):
-            return type(value)(visit(v, f"{path}.{i}") for i, v in enumerate(value))
+            named = zip(value._fields, value, strict=True)
+            return kind(*(visit(v, f"{path}.{k}") for k, v in named))
         return value
 
-    return visit(tree, ""), found
+    taken.skeleton = visit(state, "")
+    return taken
 
 
-def put_together(skeleton: object, tensor: Callable[[int], torch.Tensor]) -> Any:
-    """The inverse of `take_apart`; ``tensor`` gives the tensor of a number."""
-    if isinstance(skeleton, dict):
-        if len(skeleton) == 1 and MARK in skeleton:
-            return tensor(skeleton[MARK])
-        return _like(skeleton, {k: put_together(v, tensor) for k, v in skeleton.items()})
-    if isinstance(skeleton, tuple) and hasattr(skeleton, "_fields"):
-        return type(skeleton)(*(put_together(v, tensor) for v in skeleton))
-    if type(skeleton) in (list, tuple):
-        return type(skeleton)(put_together(v, tensor) for v in skeleton)
-    return skeleton
+def _part(stable: Stable, path: str) -> Part:
+    inner = take_apart({path: stable.build()})
+    return Part(stable.token, pickle.dumps(inner.skeleton[path], protocol=2), inner.tensors)
+
+
+def _list(
+    value: torch.Tensor, path: str, tensors: Named, seen: dict[tuple[object, ...], int]
+) -> int:
+    key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+    index = seen.get(key) if value.numel() else None
+    if index is None:
+        index = seen[key] = len(tensors)
+        tensors.append((path, value))
+    return index
+
+
+def unpack(raw: bytes, tensor: Callable[[int], torch.Tensor], *, trusted: bool) -> Any:
+    """The state that `TakenApart.pack` was called on.
+
+    Args:
+        raw: What it gave.
+        tensor: Gives the tensor of each number, in the order of `TakenApart.all_tensors`.
+        trusted: Whether the bytes' MAC was right, so that classes outside torch's safe list may
+            be made.
+
+    Raises:
+        pickle.UnpicklingError: A class is needed that only trusted bytes may name.
+    """
+    counts, pickles = msgspec.msgpack.decode(raw, type=tuple[list[int], list[bytes]])
+    skeletons = [_load(p, trusted=trusted) for p in pickles]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+
+    def fill(value: Any, start: int) -> Any:
+        if isinstance(value, dict):
+            if len(value) == 1:
+                ((key, content),) = value.items()
+                if key == MARK:
+                    return tensor(start + content)
+                if key == _PART:
+                    return fill(skeletons[content], starts[content])
+            return _like(value, {k: fill(v, start) for k, v in value.items()})
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(fill(v, start) for v in value))
+        if type(value) in (list, tuple):
+            return type(value)(fill(v, start) for v in value)
+        return value
+
+    return fill(skeletons[0], 0)
+
+
+def _load(raw: bytes, *, trusted: bool) -> Any:
+    """Open a pickle with torch's restricted unpickler first, which wants its own container."""
+    container = io.BytesIO()
+    with zipfile.ZipFile(container, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("state/data.pkl", raw)
+        archive.writestr("state/version", b"3\n")
+        archive.writestr("state/byteorder", b"little")
+    for weights_only in (True, False):
+        container.seek(0)
+        try:
+            return torch.load(container, weights_only=weights_only)
+        except pickle.UnpicklingError:
+            if not trusted or not weights_only:
+                raise
+    return None
 
 
 def _like(model: dict[Any, Any], content: dict[Any, Any]) -> dict[Any, Any]:
@@ -87,28 +190,3 @@ def _like(model: dict[Any, Any], content: dict[Any, Any]) -> dict[Any, Any]:
     made.clear()
     made.update(content)
     return made
-
-
-def pack(skeleton: object) -> bytes:
-    """Serialise a skeleton so that ``torch.load(weights_only=True)`` opens all but user classes."""
-    buffer = io.BytesIO()
-    torch.save(skeleton, buffer)
-    return buffer.getvalue()
-
-
-def unpack(raw: bytes, *, trusted: bool) -> Any:
-    """Open what `pack` wrote.
-
-    Args:
-        raw: The bytes.
-        trusted: Whether their MAC was right, so that classes outside torch's safe list may be made.
-
-    Raises:
-        pickle.UnpicklingError: A class is needed that only trusted bytes may name.
-    """
-    try:
-        return torch.load(io.BytesIO(raw), weights_only=True)
-    except pickle.UnpicklingError:
-        if not trusted:
-            raise
-    return torch.load(io.BytesIO(raw), weights_only=False)
