@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import xxhash
 
 from mnemo.errors import MnemoError
@@ -43,15 +43,22 @@ def end(paths: RunPaths) -> None:
     if client is not None:
         with client, contextlib.suppress(MnemoError):
             client.tell(m.Shutdown(force=True))
-            client.wait_for_end()
+            assert client.wait_for_end()
     if paths.directory.exists():
         paths.remove()
 
 
 def wait_for_exit(pid: int, timeout_s: float = 20.0) -> None:
-    """Wait until process ``pid`` is gone."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(timeout_s)
+    """Wait until process ``pid`` has ended, which need not be a child."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        ended, _, _ = select.select([pidfd], [], [], timeout_s)
+        assert ended, f"process {pid} lives after {timeout_s} s"
+    finally:
+        os.close(pidfd)
 
 
 def content(rank: int, tick: int, size: int = SIZE) -> bytes:

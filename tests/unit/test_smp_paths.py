@@ -63,9 +63,9 @@ def test_the_directory_may_not_be_a_link(tmp_path: Path) -> None:
 
 def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
-    with pytest.raises(SmpError, match="is not a directory: remove it or set run.dir"):
+    with pytest.raises(SmpError, match=r"is not a directory: remove it or set run\.dir"):
         RunPaths.of("x", tmp_path).make()
-    with pytest.raises(SmpError, match="run.dir"):
+    with pytest.raises(SmpError, match=r"run\.dir"):
         RunPaths.of("y", tmp_path / "x").make()
 
 
@@ -73,7 +73,7 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
 def test_another_users_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     os.chown(tmp_path / "x", 65534, 65534)
-    with pytest.raises(SmpError, match="belongs to uid 65534, not to uid 0: set run.dir"):
+    with pytest.raises(SmpError, match=r"belongs to uid 65534, not to uid 0: set run\.dir"):
         RunPaths.of("x", tmp_path).make()
 
 

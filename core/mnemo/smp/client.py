@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
+import select
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
-import psutil
 
 from mnemo import errors
 from mnemo.errors import MnemoError, ProtocolError, SmpError
@@ -110,10 +110,16 @@ class SmpClient:
         reply, _ = self.ask(m.Status(), m.StatusReply)
         return msgspec.json.decode(reply.body)  # type: ignore[no-any-return]
 
-    def wait_for_end(self, timeout_s: float = 10.0) -> None:
-        """Wait until the SMP is gone, after it was asked to be."""
-        with contextlib.suppress(psutil.Error):
-            psutil.Process(self.pid).wait(timeout_s)
+    def wait_for_end(self, timeout_s: float = 10.0) -> bool:
+        """Wait until the SMP has ended, after it was asked to; False if it takes longer."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        try:
+            return bool(select.select([pidfd], [], [], timeout_s)[0])
+        finally:
+            os.close(pidfd)
 
     def close(self) -> None:
         """Close the connection."""

@@ -371,9 +371,10 @@ class Fit:
             os.close(self._fds.pop((rank, index)))
 
     def release(self) -> None:
-        """Give all segments back."""
+        """Give all memory back."""
         for rank, shelf in self.shelf.ranks.items():
             self._release(rank, list(shelf.slots))
+        self.board.close()
 
     async def close(self) -> None:
         """Give up what is being persisted, and all memory."""
@@ -383,7 +384,6 @@ class Fit:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.release()
-        self.board.close()
 
     def status(self) -> dict[str, Any]:
         """This training's part of `mnemo.smp.server.Server.status`."""
@@ -397,7 +397,7 @@ class Fit:
             and {"tick": newest.tick, "step": newest.step, "time": self._committed_at},
             "differ": self._differ,
             "memory": sum(s.size for r in self.shelf.ranks.values() for s in r.slots.values()),
-            "progress": self.board.positions(),
+            "progress": [] if self.is_finished else self.board.positions(),
             "persist": self.persister and self.persister.status(),
             "segments": [
                 {

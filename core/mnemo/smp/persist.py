@@ -25,7 +25,7 @@ log = logging.getLogger("mnemo.smp.persist")
 
 _READ: Final = 8 * segment.CHUNK
 _NICE: Final = 10
-_PATIENCE_S: Final = 5.0
+_PATIENCE_S: Final = 2.0
 
 
 def part_name(rank: int) -> str:
