@@ -19,8 +19,8 @@ from lightning_mnemo.checks import require_supported
 from lightning_mnemo.data import DataPosition
 from lightning_mnemo.extras import Extras
 from lightning_mnemo.identity import fingerprints
-from lightning_mnemo.loggers import Outputs
 from lightning_mnemo.metrics import capture_metrics, restore_metrics
+from lightning_mnemo.outputs import Outputs
 from lightning_mnemo.signals import StopSignals
 from mnemo import faults
 from mnemo.config import load_config
@@ -34,7 +34,9 @@ from mnemo.types import EXIT_STATE_SAVED
 
 
 class MnemoCallback(pl.Callback):
-    """Keeps the training's state in the memory of a process that outlives it::
+    """Keeps the training's state in the memory of a process that outlives it.
+
+    ::
 
     trainer = L.Trainer(callbacks=[MnemoCallback("mnemo.yaml")])
     trainer.fit(model)      # takes snapshots; resumes where an earlier life of the run ended
@@ -88,65 +90,52 @@ class MnemoCallback(pl.Callback):
         self._outputs = Outputs(trainer)
         if self._restored is not None:
             self._data.resume_from(self._restored.state["data"])
-            self._outputs.adopt(self._restored.state["outputs"], self._restored.step)
-        self._patch(trainer)
-
-    def _patch(self, trainer: pl.Trainer) -> None:
+            self._outputs.let_rewrite()
         self._hooks = hooks = loops.LoopHooks(trainer)
-        data, loop = self._data, trainer.fit_loop
-        assert data is not None
+        loop = trainer.fit_loop
+        hooks.around(trainer.strategy, "process_dataloader", self._around_process_dataloader)
+        hooks.around(loop, "setup_data", self._around_setup_data)
+        hooks.around(loop, "on_advance_end", self._around_epoch_end)
+        hooks.around(loop.epoch_loop, "on_run_start", self._around_run_start)
+        hooks.around(loop.epoch_loop, "on_advance_end", self._batch_done)
+        hooks.around(trainer._checkpoint_connector, "resume_start", self._around_resume_start)
 
-        def process_dataloader(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-            def wrapped(loader: Any) -> Any:
-                loader = original(loader)
-                return data.adopt(loader) if trainer.training else loader
+    def _around_process_dataloader(
+        self, trainer: pl.Trainer, original: Callable[[Any], Any], loader: Any
+    ) -> Any:
+        assert self._data is not None
+        loader = original(loader)
+        return self._data.adopt(loader) if trainer.training else loader
 
-            return wrapped
+    def _around_setup_data(self, trainer: pl.Trainer, original: Callable[[], None]) -> None:
+        assert self._data is not None
+        if trainer.fit_loop._combined_loader is None or trainer.fit_loop._should_reload_train_dl:
+            self._data.reset()
+        with loops.as_of_epoch(trainer, self._data.loaded_in_epoch):
+            original()
 
-        def setup_data(original: Callable[[], None]) -> Callable[[], None]:
-            def wrapped() -> None:
-                if loop._combined_loader is None or loop._should_reload_train_dl:
-                    data.reset()
-                with loops.as_of_epoch(trainer, data.loaded_in_epoch):
-                    original()
+    def _around_epoch_end(self, trainer: pl.Trainer, original: Callable[[], None]) -> None:
+        self._weights_may_change()
+        original()
 
-            return wrapped
+    def _around_run_start(
+        self, trainer: pl.Trainer, original: Callable[[Any], None], fetcher: Any
+    ) -> None:
+        assert self._data is not None
+        if self._restored is None:
+            self._data.begin_epoch()
+        original(fetcher)
+        self._go_on(trainer, fetcher)
 
-        def resume_start(original: Callable[..., None]) -> Callable[..., None]:
-            def wrapped(checkpoint_path: Any = None, weights_only: Any = None) -> None:
-                original(checkpoint_path, weights_only)
-                self._choose(trainer, checkpoint_path)
-
-            return wrapped
-
-        def on_run_start(original: Callable[[Any], None]) -> Callable[[Any], None]:
-            def wrapped(fetcher: Any) -> None:
-                if self._restored is None:
-                    data.begin_epoch()
-                original(fetcher)
-                self._go_on(trainer, fetcher)
-
-            return wrapped
-
-        def on_advance_end(original: Callable[[Any], None]) -> Callable[[Any], None]:
-            def wrapped(fetcher: Any) -> None:
-                self._batch_done(trainer, fetcher, original)
-
-            return wrapped
-
-        def on_epoch_end(original: Callable[[], None]) -> Callable[[], None]:
-            def wrapped() -> None:
-                self._weights_may_change()
-                original()
-
-            return wrapped
-
-        hooks.wrap(trainer.strategy, "process_dataloader", process_dataloader)
-        hooks.wrap(loop, "setup_data", setup_data)
-        hooks.wrap(loop, "on_advance_end", on_epoch_end)
-        hooks.wrap(trainer._checkpoint_connector, "resume_start", resume_start)
-        hooks.wrap(loop.epoch_loop, "on_run_start", on_run_start)
-        hooks.wrap(loop.epoch_loop, "on_advance_end", on_advance_end)
+    def _around_resume_start(
+        self,
+        trainer: pl.Trainer,
+        original: Callable[..., None],
+        checkpoint_path: Any = None,
+        **options: Any,
+    ) -> None:
+        original(checkpoint_path, **options)
+        self._choose(trainer, checkpoint_path)
 
     def _choose(self, trainer: pl.Trainer, checkpoint_path: Any) -> None:
         """Lightning asks what to resume from: a checkpoint that the user named wins over memory."""
@@ -170,6 +159,8 @@ class MnemoCallback(pl.Callback):
             trainer.strategy.lightning_module_state_dict(),
             ["checkpoint.state_dict."],
         )
+        if self._outputs is not None:
+            self._outputs.adopt(self._restored.state["outputs"])
         checkpoint = loops.without_loader_states(self._restored.state["checkpoint"])
         if loops.finished_progress(trainer, checkpoint):
             checkpoint["loops"] = loops.before_the_end(checkpoint["loops"])
@@ -194,6 +185,8 @@ class MnemoCallback(pl.Callback):
                 f"replacing a single rank is off: needs {missing}a later version's strategy; "
                 "a crash restarts all ranks from memory"
             )
+        if self._outputs is not None:
+            self._outputs.attach()
         self._extras = Extras(trainer)
         self._extras.watch_optimizers(keeper)
         self._signals = StopSignals(keeper.request_stop)
@@ -257,7 +250,7 @@ class MnemoCallback(pl.Callback):
             faults.reach("update", step=trainer.global_step)
 
     def _batch_done(
-        self, trainer: pl.Trainer, fetcher: Any, on_advance_end: Callable[[Any], None]
+        self, trainer: pl.Trainer, on_advance_end: Callable[[Any], None], fetcher: Any
     ) -> None:
         """A batch, with its logging, is done; validation may follow before the next."""
         assert self._data is not None
@@ -412,6 +405,8 @@ class MnemoCallback(pl.Callback):
         for part in (self._signals, self._hooks, self._extras):
             if part is not None:
                 part.undo()
+        if self._outputs is not None:
+            self._outputs.close(finished=finished)
         keeper.close(finished=finished)
         self._signals = self._hooks = self._extras = None
         self._data = self._outputs = self._restored = self._loss = None

@@ -1,75 +1,185 @@
-"""Loggers and checkpoint files go on where the snapshot was, so that each step is there once."""
+"""Loggers go on where the snapshot was, so that each step is there once."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
 import shutil
-import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from lightning_mnemo.event_files import EventTail, rewind
 
-class Outputs:
-    """What a fit writes to disk besides mnemo's own: logger versions, checkpoint files."""
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
+class LoggerState(Protocol):
+    """What one logger has written so far, and how to go on from there."""
 
     def state(self) -> dict[str, Any]:
-        """Identity of every logger's current version."""
-        return {"loggers": [_identity(logger) for logger in self._trainer.loggers]}
+        """What `adopt` needs; at every snapshot, so it is cheap."""
+        ...
 
-    def adopt(self, saved: dict[str, Any], step: int) -> None:
-        """Continue the versions of the interrupted life. Before any checkpoint callback looks.
+    def adopt(self, saved: dict[str, Any], *, writes: bool) -> None:
+        """Continue the interrupted life's version; ``writes``: this process writes it."""
+        ...
 
-        Args:
-            saved: From `state`.
-            step: Entries of later steps are removed: they will be written again.
-        """
-        for logger, identity in zip(self._trainer.loggers, saved["loggers"], strict=False):
-            if identity is not None and identity["class"] == type(logger).__name__:
-                _continue(logger, identity, step, is_writer=self._trainer.is_global_zero)
-        for callback in self._trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                _overwrite_repeated(callback)
+    def attach(self) -> None:
+        """The logger is as it will be during the fit."""
+        ...
+
+    def close(self, *, finished: bool) -> None:
+        """The fit is over; ``finished``: nobody will go on with it."""
+        ...
 
 
-def _identity(logger: Logger) -> dict[str, Any] | None:
-    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-        return {
-            "class": type(logger).__name__,
-            "version": logger.version,
-            "directory": str(logger.log_dir),
-        }
+def logger_states(trainer: pl.Trainer) -> list[LoggerState | None]:
+    """One for each logger, None for kinds that take care of themselves or cannot be helped."""
+    return [_state_of(logger) for logger in trainer.loggers]
+
+
+def _state_of(logger: Logger) -> LoggerState | None:
+    if isinstance(logger, TensorBoardLogger):
+        return _TensorBoard(logger)
+    if isinstance(logger, CSVLogger):
+        return _Csv(logger)
     if isinstance(logger, WandbLogger):
-        return {"class": type(logger).__name__, "version": logger.version, "directory": None}
+        return _Wandb(logger)
     return None
 
 
-def _continue(logger: Logger, identity: dict[str, Any], step: int, *, is_writer: bool) -> None:
-    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-        fresh = Path(logger.log_dir)
+class _TensorBoard:
+    def __init__(self, logger: TensorBoardLogger) -> None:
+        self._logger = logger
+        self._tail = EventTail(logger)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "version": self._logger.version,
+            "directory": str(self._logger.log_dir),
+            "events": self._tail.state(),
+        }
+
+    def adopt(self, saved: dict[str, Any], *, writes: bool) -> None:
+        _continue_version(self._logger, saved, writes=writes)
+        if writes:
+            rewind(Path(saved["directory"]), saved["events"])
+        self._logger._default_hp_metric = False  # it is there
+
+    def attach(self) -> None:
+        self._tail.attach()
+
+    def close(self, *, finished: bool) -> None:
+        self._tail.close()
+
+
+class _Csv:
+    """The writer holds rows back, and deletes the file of a version that is there already."""
+
+    def __init__(self, logger: CSVLogger) -> None:
+        self._logger = logger
+        self._rows = 0
+        """Rows on disk."""
+        self._writer: Any = None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "version": self._logger.version,
+            "directory": str(self._logger.log_dir),
+            "rows": self._rows,
+            "tail": [dict(row) for row in getattr(self._writer, "metrics", ())],
+        }
+
+    def adopt(self, saved: dict[str, Any], *, writes: bool) -> None:
+        directory = Path(saved["directory"])
+        kept = _read_rows(directory, saved["rows"]) if writes else []
+        _continue_version(self._logger, saved, writes=writes)
+        if not writes:
+            return
+        (directory / "metrics.csv").unlink(missing_ok=True)
+        writer: Any = self._logger.experiment
+        writer.metrics = kept
+        writer.save()
+        writer.metrics = list(saved["tail"])
+        self._rows = len(kept)
+
+    def attach(self) -> None:
+        writer: Any = self._logger.experiment
+        if writer is self._writer or not hasattr(writer, "metrics_file_path"):
+            return
+        self._writer = writer
+        save = writer.save
+
+        def save_and_count() -> None:
+            self._rows += len(writer.metrics)
+            save()
+            # A second name keeps the rows from a successor's writer, which begins by deleting.
+            with contextlib.suppress(OSError):
+                os.link(writer.metrics_file_path, _second_name(Path(writer.log_dir)))
+
+        writer.save = save_and_count
+
+    def close(self, *, finished: bool) -> None:
+        if self._writer is None:
+            return
+        vars(self._writer).pop("save", None)
+        if finished:
+            _second_name(Path(self._writer.log_dir)).unlink(missing_ok=True)
+        self._writer = None
+
+
+def _second_name(directory: Path) -> Path:
+    return directory / ".metrics.mnemo.csv"
+
+
+def _read_rows(directory: Path, count: int) -> list[dict[str, str]]:
+    for path in (_second_name(directory), directory / "metrics.csv"):
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = list(csv.DictReader(file))[:count]
+            path.unlink()
+            return [{k: v for k, v in row.items() if v} for row in rows]
+    return []
+
+
+class _Wandb:
+    """W&B continues a run by its id. Give the logger one, and no run is opened in vain."""
+
+    def __init__(self, logger: WandbLogger) -> None:
+        self._logger = logger
+
+    def state(self) -> dict[str, Any]:
+        return {"version": self._logger.version}
+
+    def adopt(self, saved: dict[str, Any], *, writes: bool) -> None:
+        logger: Any = self._logger
+        if not writes or not saved["version"] or saved["version"] == logger.version:
+            return
+        fresh = getattr(logger._experiment, "dir", None)
         _drop_experiment(logger)
-        logger._version = identity["version"]
-        if is_writer and fresh != Path(logger.log_dir) and fresh.is_dir():
-            shutil.rmtree(
-                fresh
-            )  # made a moment ago by this very process, which asked for a new version
-        directory = Path(identity["directory"])
-        if is_writer and directory.is_dir():
-            if isinstance(logger, TensorBoardLogger):
-                for file in sorted(directory.glob("events.out.tfevents.*")):
-                    truncate_events(file, step)
-            else:
-                _reload_csv(logger, directory / "metrics.csv", step)
-    elif isinstance(logger, WandbLogger) and is_writer and identity["version"]:
-        _drop_experiment(logger)
-        logger._wandb_init["id"] = logger._id = identity["version"]
-        logger._wandb_init["resume"] = "allow"
+        if fresh is not None and logger._offline:
+            shutil.rmtree(Path(fresh).parent, ignore_errors=True)
+        logger._wandb_init.update(id=saved["version"], resume="allow")
+        logger._id = saved["version"]
+
+    def attach(self) -> None:
+        """Nothing to follow."""
+
+    def close(self, *, finished: bool) -> None:
+        """Nothing to end."""
+
+
+def _continue_version(
+    logger: TensorBoardLogger | CSVLogger, saved: dict[str, Any], *, writes: bool
+) -> None:
+    """Go on in the version of the interrupted life; the one made a moment ago is removed."""
+    fresh = Path(logger.log_dir)
+    _drop_experiment(logger)
+    logger._version = saved["version"]
+    if writes and fresh != Path(saved["directory"]) and fresh.is_dir():
+        shutil.rmtree(fresh)
 
 
 def _drop_experiment(logger: Any) -> None:
@@ -79,60 +189,3 @@ def _drop_experiment(logger: Any) -> None:
         if callable(end):
             end()
             return
-
-
-def truncate_events(file: Path, step: int) -> None:
-    """Drop a TensorBoard file's events of steps from ``step`` on, counted from 0.
-
-    A TFRecord is a length (u64), its CRC (u32), the data, their CRC (u32); records are copied with
-    their CRCs. A torn last record, which a killed writer leaves, is dropped too.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    raw = file.read_bytes()
-    kept, position = [], 0
-    while position + 12 <= len(raw):
-        (length,) = struct.unpack_from("<Q", raw, position)
-        end = position + 12 + length + 4
-        if end > len(raw):
-            break
-        event = Event.FromString(raw[position + 12 : end - 4])
-        if event.step < step or not event.HasField("summary"):
-            kept.append(raw[position:end])
-        position = end
-    content = b"".join(kept)
-    if content != raw:
-        draft = file.with_name(f".{file.name}.tmp")
-        draft.write_bytes(content)
-        draft.replace(file)
-
-
-def _reload_csv(logger: CSVLogger, file: Path, step: int) -> None:
-    """The CSV writer rewrites its file from memory: give it the rows that stay."""
-    if not file.exists():
-        return
-    with file.open(newline="") as handle:
-        rows = [row for row in csv.DictReader(handle) if int(row.get("step") or 0) < step]
-    content = file.read_bytes()
-    file.unlink()  # the writer refuses, with a warning, a directory that has one
-    experiment = logger.experiment
-    del content
-    experiment.metrics = [{k: v for k, v in row.items() if v != ""} for row in rows]
-    experiment.metrics_keys = sorted({k for row in experiment.metrics for k in row})
-    if experiment.metrics:
-        experiment.save()
-
-
-def _overwrite_repeated(callback: ModelCheckpoint) -> None:
-    """A checkpoint that is written again after a resume replaces its twin, instead of a ``-v1`` beside it."""
-    original = callback.file_exists
-    known = {str(p) for p in Path(callback.dirpath).glob("*.ckpt")} if callback.dirpath else set()
-
-    def file_exists(filepath: Any, trainer: pl.Trainer) -> bool:
-        path = str(filepath)
-        if path in known:
-            known.discard(path)
-            return False
-        return original(filepath, trainer)
-
-    callback.file_exists = file_exists  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ Lightning 2.4–2.6. Each patch is undone when the fit ends. What is patched and
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,11 +29,10 @@ class LoopHooks:
         self._trainer = trainer
         self._patched: list[tuple[object, str]] = []
 
-    def wrap(
-        self, target: object, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
-    ) -> None:
-        """Put ``wrapper(original)`` in the place of method ``name`` of the object ``target``."""
-        setattr(target, name, wrapper(getattr(target, name)))
+    def around(self, target: object, name: str, advice: Callable[..., Any]) -> None:
+        """Let ``advice(trainer, original, *args)`` run for method ``name`` of ``target``."""
+        original = getattr(target, name)
+        setattr(target, name, functools.partial(advice, self._trainer, original))
         self._patched.append((target, name))
 
     def undo(self) -> None:

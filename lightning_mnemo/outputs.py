@@ -1,0 +1,91 @@
+"""What a fit writes to disk besides mnemo's own: logs and checkpoint files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_mnemo.loggers import logger_states
+
+_UNSAVED = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation")
+"""What a `ModelCheckpoint` remembers but does not put into a checkpoint."""
+
+
+class Outputs:
+    """All of them, for one fit."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._loggers = logger_states(trainer)
+        self._patched: list[ModelCheckpoint] = []
+        # Not yet what the callbacks make of it when they are set up.
+        self._directories = [callback.dirpath for callback in self._checkpoints()]
+
+    def let_rewrite(self) -> None:
+        """What LightningCLI's callback wrote in an earlier life is no mistake of the user's."""
+        for callback in self._trainer.callbacks:
+            if hasattr(callback, "overwrite") and hasattr(callback, "already_saved"):
+                callback.overwrite = True
+
+    def state(self) -> dict[str, Any]:
+        """How far each has come."""
+        return {
+            "loggers": [s and {"kind": type(s).__name__, **s.state()} for s in self._loggers],
+            "checkpoints": [
+                {name: getattr(callback, name, None) for name in _UNSAVED}
+                for callback in self._checkpoints()
+            ],
+        }
+
+    def adopt(self, saved: dict[str, Any]) -> None:
+        """Continue those of the interrupted life; callbacks were set up, but not restored."""
+        writes = self._trainer.is_global_zero
+        for logger, state in zip(self._loggers, saved["loggers"], strict=False):
+            if logger is not None and state and state["kind"] == type(logger).__name__:
+                logger.adopt(state, writes=writes)
+        for callback, directory in zip(self._checkpoints(), self._directories, strict=True):
+            callback.dirpath = directory
+            callback.setup(self._trainer, self._trainer.lightning_module, "fit")
+        for callback, state in zip(self._checkpoints(), saved["checkpoints"], strict=False):
+            vars(callback).update({k: v for k, v in state.items() if hasattr(callback, k)})
+            self._overwrite_repeated(callback)
+
+    def attach(self) -> None:
+        """Training begins: follow what is written."""
+        for logger in self._loggers:
+            if logger is not None:
+                logger.attach()
+
+    def close(self, *, finished: bool) -> None:
+        """The fit is over."""
+        for logger in self._loggers:
+            if logger is not None:
+                logger.close(finished=finished)
+        for callback in self._patched:
+            vars(callback).pop("file_exists", None)
+        self._patched.clear()
+
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        found = self._trainer.checkpoint_callbacks
+        return [callback for callback in found if isinstance(callback, ModelCheckpoint)]
+
+    def _overwrite_repeated(self, callback: ModelCheckpoint) -> None:
+        """A file that an earlier life wrote is replaced, instead of a ``-v1`` beside it."""
+        original = callback.file_exists
+        earlier: set[str] | None = None
+
+        def file_exists(filepath: Any, trainer: pl.Trainer) -> bool:
+            nonlocal earlier
+            if earlier is None:  # by now the callback knows its directory
+                earlier = {str(p) for p in Path(callback.dirpath or "").glob("*.ckpt")}
+            # Collective: the first rank has looked, and its answer counts.
+            exists = original(filepath, trainer)
+            again = trainer.strategy.broadcast(str(filepath) in earlier)
+            earlier.discard(str(filepath))
+            return exists and not again
+
+        callback.file_exists = file_exists  # type: ignore[method-assign]
+        self._patched.append(callback)
