@@ -117,14 +117,14 @@ class Lab:
         file = out / f"rank-{rank}.err"
         return file.read_text(errors="replace") if file.exists() else ""
 
-    def lives(
-        self, case: str, out: Path, faults: tuple[Fault, ...], **options: Any
-    ) -> list[Life]:
+    def lives(self, case: str, out: Path, faults: tuple[Fault, ...], **options: Any) -> list[Life]:
         """As many as it takes until the case ends by itself; every fault has happened."""
         declared = Declaration(faults, str(out.with_suffix(".fired")))
         found: list[Life] = []
         while True:
-            life = self.life(case, out, run_id=options.pop("run_id", out.name), faults=declared, **options)
+            life = self.life(
+                case, out, run_id=options.pop("run_id", out.name), faults=declared, **options
+            )
             options.setdefault("run_id", out.name)
             found.append(life)
             if all(code >= 0 for code in life.codes):

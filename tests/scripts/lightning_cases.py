@@ -346,7 +346,9 @@ def metrics(out):
     class Metrics(Net):
         def __init__(self) -> None:
             super().__init__()
-            self.collection = MetricCollection([BinaryPrecision(), BinaryRecall(), BinaryAccuracy()])
+            self.collection = MetricCollection(
+                [BinaryPrecision(), BinaryRecall(), BinaryAccuracy()]
+            )
             self.by_name = nn.ModuleDict({"a": MeanMetric(), "b": MinMaxMetric(MeanMetric())})
             self.valid = BinaryAccuracy()
 

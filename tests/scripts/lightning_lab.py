@@ -82,6 +82,7 @@ class Recorder(pl.Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         self._write(trainer, "epoch")
+        faults.reach("epoch_end", step=trainer.global_step)
 
     def final(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
