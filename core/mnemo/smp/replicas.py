@@ -27,13 +27,16 @@ def differing_replica(metas: dict[int, Meta]) -> str:
         for chunk, digest in meta.witness.items():
             keeper = kept.get(chunk)
             if keeper is not None and keeper[1] != digest:
-                return f"rank {rank} differs from rank {keeper[0]} in {_tensor_at(meta, chunk)}"
+                return f"rank {rank} differs from rank {keeper[0]} in {_tensors_in(meta, chunk)}"
     return ""
 
 
-def _tensor_at(meta: Meta, chunk: int) -> str:
+def _tensors_in(meta: Meta, chunk: int) -> str:
+    """Which tensors the chunk has bytes of: one, unless it lies across a border."""
     offset = -(-meta.own_size // CHUNK) * CHUNK + chunk * CHUNK
-    for entry in meta.tensors:
-        if entry.offset < offset + CHUNK and entry.offset + entry.nbytes > offset:
-            return entry.name
-    return f"chunk {chunk}"
+    names = [
+        entry.name
+        for entry in meta.tensors
+        if entry.offset < offset + CHUNK and entry.offset + entry.nbytes > offset
+    ]
+    return " or ".join(names) or f"chunk {chunk}"

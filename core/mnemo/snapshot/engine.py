@@ -72,6 +72,8 @@ class _Plan:
     numbers: list[str]
     pointers: list[int]
     """``data_ptr`` of the tensors outside stable parts."""
+    loose: list[int]
+    """Tensors without one stretch of memory: their sources are copies, made anew each time."""
     sources: list[Bytes | torch.Tensor]
     stage: Bytes
     chunks: list[list[copier.Piece]] | None = None
@@ -105,6 +107,26 @@ class _Job:
     copied: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
     cancelled: bool = False
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> None:
+        """Copy thread: a buffer is there, from here on an update has to wait.
+
+        Raises:
+            _CancelledError: It has not waited for that.
+        """
+        with self._turn:
+            if self.cancelled:
+                raise _CancelledError("no buffer became free in time")
+            self.granted.set()
+
+    def give_up(self) -> bool:
+        """Training thread: do not wait for it. False if its copy has begun: wait for its end."""
+        with self._turn:
+            self.cancelled = True
+            if not self.granted.is_set():
+                self.copied.set()
+            return not self.granted.is_set()
 
 
 class _CancelledError(SnapshotError):
@@ -183,14 +205,20 @@ class SnapshotEngine:
         """
         begun = time.perf_counter()
         self.before_update()
+        if self._job is not None and self._job.cancelled and not self._job.done.is_set():
+            self.counters.dropped += 1  # it still waits for a buffer: so would this one
+            return
         taken = tree.take_apart(state, self._parts)
         plan = self._plan_for(taken, volatile, watch)
+        tensors = taken.all_tensors()
+        for i in plan.loose:
+            plan.sources[i] = _view(tensors[i][1])
+            plan.at_once = None
         for target, source in plan.own_moves():
             if isinstance(source, torch.Tensor):
                 torch.from_numpy(target).copy_(source)
             else:
                 np.copyto(target, source)
-        tensors = taken.all_tensors()
         shared = [tensors[i][1] for i in plan.shared]
         count = self.counters.captured
         verify = self._verify or count < _FIRST_VERIFIED or count % _VERIFY_EVERY == 0
@@ -207,7 +235,7 @@ class SnapshotEngine:
             return 0.0
         begun = time.perf_counter()
         if self._drop_on_overrun or not job.granted.wait(GRANT_LIMIT_S):
-            job.cancelled = True
+            job.give_up()
         job.copied.wait()
         waited = time.perf_counter() - begun
         self.counters.stall_s += waited
@@ -215,8 +243,12 @@ class SnapshotEngine:
 
     def finish(self, timeout_s: float) -> bool:
         """Wait until the newest snapshot is sealed or given up; False if it takes too long."""
-        self.before_update()
-        return self._job is None or self._job.done.wait(timeout_s)
+        job = self._job
+        if job is None:
+            return True
+        if not job.granted.wait(min(timeout_s, GRANT_LIMIT_S)) and job.give_up():
+            return True
+        return job.done.wait(timeout_s)
 
     def close(self) -> None:
         """End the copy thread. The link stays open."""
@@ -251,7 +283,7 @@ class SnapshotEngine:
             for i, ((_, tensor), old, new) in enumerate(
                 zip(rest, plan.pointers, pointers, strict=True)
             ):
-                if old != new or not is_dense(tensor):
+                if old != new:
                     plan.sources[i] = _view(tensor)
                     plan.at_once = None
                     if i in lazy:
@@ -284,6 +316,7 @@ class SnapshotEngine:
             shared=[i for i, o in enumerate(own) if not o],
             numbers=[_number(name, t, watch) for name, t in tensors],
             pointers=[],
+            loose=[i for i, (_, t) in enumerate(taken.all_tensors()) if not is_dense(t)],
             sources=[_view(t) for _, t in tensors],
             stage=np.zeros(layout.own_padded, dtype=np.uint8),
         )
@@ -309,6 +342,7 @@ class SnapshotEngine:
                 self._on_event(
                     "snapshot failed", f"step {job.step}: {type(error).__name__}: {error}"
                 )
+                self._tell_dropped(job)
             finally:
                 job.tensors = []
                 job.granted.set()
@@ -321,7 +355,7 @@ class SnapshotEngine:
         size = layout.own_padded + stop - start
         granted, fds = self._link.ask(m.Begin(job.tick, job.step, size), m.Granted)
         bulk = self._map(granted, fds[0], size)
-        job.granted.set()
+        job.start()
         if not granted.shard and self._share.replicas > 1:
             self._share = Share(0, 1)
             raise SnapshotError("replicas differ: from now on every rank keeps a whole copy")

@@ -38,7 +38,7 @@ class Cadence:
         (self._beside if beside else self._plain).append(seconds)
 
     def added(self, copy_s: float) -> float:
-        """Seconds that one snapshot adds, as far as is known; ``copy_s`` is the newest copy's time."""
+        """Seconds that one snapshot adds, as far as is known; the newest copy took ``copy_s``."""
         if len(self._plain) < _ENOUGH or len(self._beside) < _ENOUGH:
             return copy_s
         return max(0.0, statistics.median(self._beside) - statistics.median(self._plain))

@@ -102,7 +102,6 @@ def make_layout(tensors: list[tuple[str, torch.Tensor]], own: list[bool]) -> Lay
 def rebuild(entry: TensorEntry, memory: torch.Tensor) -> torch.Tensor:
     """A tensor as ``entry`` describes it, over ``memory`` (1-D uint8 of its size)."""
     dtype = getattr(torch, entry.dtype)
-    flat = memory.view(dtype)
-    return (
-        flat.as_strided(entry.shape, entry.strides) if entry.nbytes else flat.reshape(entry.shape)
-    )
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=dtype)
+    return memory.view(dtype).as_strided(entry.shape, entry.strides)

@@ -7,6 +7,7 @@ is `Stable` is taken apart once and then used again as long as its tensors are t
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import zipfile
@@ -143,6 +144,7 @@ def unpack(raw: bytes, tensor: Callable[[int], torch.Tensor], *, trusted: bool) 
     counts, pickles = msgspec.msgpack.decode(raw, type=tuple[list[int], list[bytes]])
     skeletons = [_load(p, trusted=trusted) for p in pickles]
     starts = [sum(counts[:i]) for i in range(len(counts))]
+    tensor = functools.cache(tensor)  # one for all its names: tied weights stay tied
 
     def fill(value: Any, start: int) -> Any:
         if isinstance(value, dict):
