@@ -27,7 +27,8 @@ def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the tensor's elements fill one stretch of memory, in whatever order."""
     if tensor.is_contiguous():
         return True
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
     return tensor.permute(order).is_contiguous()
 
 

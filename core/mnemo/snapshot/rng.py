@@ -11,7 +11,8 @@ import torch
 
 def capture_rng() -> dict[str, Any]:
     """The generators' states, as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    drawn: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = drawn
     version, internal, gauss = random.getstate()
     return {
         "python": (version, torch.from_numpy(np.array(internal, dtype=np.int64)), gauss),
@@ -24,7 +25,7 @@ def capture_rng() -> dict[str, Any]:
         ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all()
-        if torch.cuda.is_available() and torch.cuda.is_initialized()
+        if torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         else [],
     }
 

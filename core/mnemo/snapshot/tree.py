@@ -104,13 +104,17 @@ def take_apart(state: object, known: dict[str, Part] | None = None) -> TakenApar
             return {_PART: len(taken.parts)}
         if isinstance(value, dict):
             return _like(value, {k: visit(v, f"{path}.{k}") for k, v in value.items()})
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
+        if _is_named_tuple(value):
             named = zip(value._fields, value, strict=True)
             return kind(*(visit(v, f"{path}.{k}") for k, v in named))
         return value
 
     taken.skeleton = visit(state, "")
     return taken
+
+
+def _is_named_tuple(value: object) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
 def _part(stable: Stable, path: str) -> Part:
@@ -155,7 +159,7 @@ def unpack(raw: bytes, tensor: Callable[[int], torch.Tensor], *, trusted: bool) 
                 if key == _PART:
                     return fill(skeletons[content], starts[content])
             return _like(value, {k: fill(v, start) for k, v in value.items()})
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
+        if _is_named_tuple(value):
             return type(value)(*(fill(v, start) for v in value))
         if type(value) in (list, tuple):
             return type(value)(fill(v, start) for v in value)
