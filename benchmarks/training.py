@@ -36,13 +36,16 @@ class Block(nn.Module):
 class Training:
     """Model, fused AdamW and one fixed batch; float32, one thread."""
 
-    def __init__(self, *, width: int = 1024, blocks: int = 24, batch: int = 64) -> None:
+    def __init__(
+        self, *, width: int = 1024, blocks: int = 24, batch: int = 64, warm: bool = True
+    ) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         self.model = nn.Sequential(*[Block(width) for _ in range(blocks)])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self._batch = torch.randn(batch, width)
-        self.step()
+        if warm:
+            self.step()  # makes the optimizer's state
         tensors = list(self.model.parameters())
         moments = [t for s in self.optimizer.state.values() for t in s.values()]
         self.parameters = sum(t.numel() for t in tensors)

@@ -432,6 +432,11 @@ class Keeper:
         return self._engine.counters
 
     @property
+    def smp_pid(self) -> int:
+        """Process id of the snapshot process."""
+        return self._link.smp_pid
+
+    @property
     def committed_step(self) -> int | None:
         """Newest step known to be sealed by all ranks of this node."""
         known = self._engine.committed if self._engine is not None else None

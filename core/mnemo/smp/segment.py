@@ -246,3 +246,8 @@ def verify_chunk(expected: bytes, index: int, chunk: memoryview | bytes) -> bool
     """Whether ``chunk`` has the digest that stands at ``index`` in a meta's ``digests``."""
     digest = expected[index * _DIGEST.size : (index + 1) * _DIGEST.size]
     return digest == _DIGEST.pack(xxhash.xxh3_64_intdigest(chunk))
+
+
+def is_digest(expected: bytes, index: int, digest: int) -> bool:
+    """Whether ``digest`` stands at ``index`` in a meta's ``digests``."""
+    return bool(_DIGEST.unpack_from(expected, index * _DIGEST.size)[0] == digest)

@@ -5,16 +5,18 @@ Every chunk is checked against its digest on the way, in the pass that copies it
 
 from __future__ import annotations
 
-import mmap
+import bisect
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+import xxhash
 
 from mnemo.errors import IntegrityError
 from mnemo.smp import segment
@@ -24,6 +26,9 @@ from mnemo.snapshot.layout import Bytes, rebuild
 from mnemo.transport import auth
 from mnemo.types import GenerationState
 
+_THREADS = 2
+_MOST_BUFFERS = 1024
+"""IOV_MAX: buffers that one system call fills."""
 _UNREADABLE = (
     pickle.UnpicklingError,
     msgspec.MsgspecError,
@@ -40,20 +45,31 @@ class Source:
 
     header: Header
     meta: Meta
-    bulk: memoryview
+    read: Callable[[int, list[Bytes]], None]
+    """Fill buffers, one after the other, with the bulk's bytes from an offset on."""
 
     @classmethod
     def of_fd(cls, fd: int) -> Source:
-        """A segment in memory; the mapping lives as long as the object.
+        """A segment in memory, as long as ``fd`` is open.
+
+        Its bytes are read rather than mapped: the kernel's copy into fresh memory costs less than
+        the faults of a mapping (``docs/adr/0003``).
 
         Raises:
             IntegrityError: Not sealed, or damaged.
         """
         header = segment.read_header(fd)
         _require_sealed(header)
-        meta = segment.read_meta(fd, header)
-        view = memoryview(mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ))
-        return cls(header, meta, view[PAGE : PAGE + header.bulk_size])
+
+        def read(offset: int, targets: list[Bytes]) -> None:
+            for i in range(0, len(targets), _MOST_BUFFERS):
+                part = targets[i : i + _MOST_BUFFERS]
+                wanted = sum(len(t) for t in part)
+                if os.preadv(fd, part, PAGE + offset) != wanted:
+                    raise IntegrityError(f"the snapshot of step {header.step} is cut off")
+                offset += wanted
+
+        return cls(header, segment.read_meta(fd, header), read)
 
     @classmethod
     def of_bytes(cls, raw: memoryview) -> Source:
@@ -65,23 +81,19 @@ class Source:
         header = segment.decode_header(bytes(raw[:PAGE]))
         _require_sealed(header)
         meta = segment.decode_meta(bytes(raw[header.meta_offset : header.size]), header)
-        return cls(header, meta, raw[PAGE : PAGE + header.bulk_size])
+        bulk: Bytes = np.frombuffer(raw, dtype=np.uint8)[PAGE : PAGE + header.bulk_size]
 
-    def chunks(self) -> Iterator[tuple[int, memoryview]]:
-        """Checked chunks and where each lies in the bulk space.
+        def read(offset: int, targets: list[Bytes]) -> None:
+            for target in targets:
+                np.copyto(target, bulk[offset : offset + len(target)])
+                offset += len(target)
 
-        Raises:
-            IntegrityError: A chunk fails its checksum.
-        """
-        meta = self.meta
-        padded = -(-meta.own_size // CHUNK) * CHUNK
-        for index, start in enumerate(range(0, self.header.bulk_size, CHUNK)):
-            chunk = self.bulk[start : start + CHUNK]
-            if not segment.verify_chunk(meta.digests, index, chunk):
-                raise IntegrityError(
-                    f"chunk {index} of rank {meta.rank}'s snapshot of step {self.header.step} fails its checksum"
-                )
-            yield (start if start < padded else start + meta.shared_start), chunk
+        return cls(header, meta, read)
+
+    @property
+    def shared_offset(self) -> int:
+        """Where the shared part of the bulk space begins for this rank."""
+        return -(-self.meta.own_size // CHUNK) * CHUNK
 
 
 def _require_sealed(header: Header) -> None:
@@ -124,30 +136,48 @@ def read_state(sources: Mapping[int, Source], rank: int, secret: bytes | None) -
 
 
 def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
-    """Fresh memory of every tensor, filled from the chunks of all sources."""
+    """Fresh memory of every tensor, filled from the chunks of all sources; the first is ours."""
     memory: list[Bytes] = [np.empty(entry.nbytes, dtype=np.uint8) for entry in meta.tensors]
     order = sorted(range(len(memory)), key=lambda i: meta.tensors[i].offset)
     starts = [meta.tensors[i].offset for i in order]
-    padded = -(-meta.own_size // CHUNK) * CHUNK
+    shared = meta.total - sources[0].shared_offset
     missing = sum(entry.nbytes for entry in meta.tensors)
-    for number, source in enumerate(sources):
-        if missing == 0:
-            break
-        if (
-            number
-            and source.meta.tensors
-            and source.meta.total - _padded(source.meta) != meta.total - padded
-        ):
+
+    def fill(source: Source, index: int, place: int) -> int:
+        """Read chunk ``index`` of a source, which lies at ``place`` of our bulk space; check it."""
+        size = min(CHUNK, source.header.bulk_size - index * CHUNK)
+        targets, found = _targets(meta.tensors, order, starts, memory, place, size)
+        source.read(index * CHUNK, targets)
+        digest = xxhash.xxh3_64()
+        for target in targets:
+            digest.update(target)
+        if not segment.is_digest(source.meta.digests, index, digest.intdigest()):
             raise IntegrityError(
-                f"rank {source.meta.rank} shares out another state than rank {meta.rank}"
+                f"chunk {index} of rank {source.meta.rank}'s snapshot of step "
+                f"{source.header.step} fails its checksum"
             )
-        for place, chunk in source.chunks():
-            offset = place
-            if number:  # another rank's: only the shared part counts, from where ours begins
-                if place < _padded(source.meta):
-                    continue
-                offset = place - _padded(source.meta) + padded
-            missing -= _scatter(meta.tensors, order, starts, memory, offset, chunk)
+        return found
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for source in sources:
+            if missing == 0:
+                break
+            if source.meta.total - source.shared_offset != shared:
+                raise IntegrityError(
+                    f"rank {source.meta.rank} shares out another state than rank {meta.rank}"
+                )
+            jobs = []
+            for index, start in enumerate(range(0, source.header.bulk_size, CHUNK)):
+                place = start
+                if start >= source.shared_offset:
+                    place = start - source.shared_offset + source.meta.shared_start
+                    place += sources[0].shared_offset
+                elif source is not sources[0]:
+                    continue  # what only the other rank has
+                jobs.append((source, index, place))
+            share = -(-len(jobs) // _THREADS) or 1
+            parts = [jobs[i : i + share] for i in range(0, len(jobs), share)]
+            missing -= sum(pool.map(lambda part: sum(fill(*job) for job in part), parts))
     if missing:
         raise IntegrityError(
             f"{missing} bytes of rank {meta.rank}'s state are in no segment of the generation"
@@ -155,31 +185,33 @@ def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
     return memory
 
 
-def _padded(meta: Meta) -> int:
-    return -(-meta.own_size // CHUNK) * CHUNK
-
-
-def _scatter(
+def _targets(
     entries: tuple[TensorEntry, ...],
     order: list[int],
     starts: list[int],
     memory: list[Bytes],
     offset: int,
-    chunk: memoryview,
-) -> int:
-    """Copy what tensors have in ``chunk``, which lies at ``offset``; the bytes copied."""
-    source: Bytes = np.frombuffer(chunk, dtype=np.uint8)
-    end = offset + len(source)
-    position = max(0, int(np.searchsorted(starts, offset, side="right")) - 1)
-    copied = 0
+    size: int,
+) -> tuple[list[Bytes], int]:
+    """Where the bytes ``[offset, offset + size)`` of the bulk space go, gaps included.
+
+    Returns:
+        Buffers of ``size`` bytes in all, and how many of them belong to tensors.
+    """
+    targets: list[Bytes] = []
+    end, cursor, found = offset + size, offset, 0
+    position = max(0, bisect.bisect_right(starts, offset) - 1)
     while position < len(order) and starts[position] < end:
         entry = entries[order[position]]
         begin, stop = max(entry.offset, offset), min(entry.offset + entry.nbytes, end)
         if begin < stop:
-            np.copyto(
-                memory[order[position]][begin - entry.offset : stop - entry.offset],
-                source[begin - offset : stop - offset],
-            )
-            copied += stop - begin
+            if begin > cursor:
+                targets.append(np.empty(begin - cursor, dtype=np.uint8))
+            inside = begin - entry.offset
+            targets.append(memory[order[position]][inside : inside + stop - begin])
+            found += stop - begin
+            cursor = stop
         position += 1
-    return copied
+    if cursor < end:
+        targets.append(np.empty(end - cursor, dtype=np.uint8))
+    return targets, found
