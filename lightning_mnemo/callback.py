@@ -15,22 +15,22 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_mnemo import loops
 from lightning_mnemo.attributes import AttributeWatch
-from lightning_mnemo.checks import require_supported
+from lightning_mnemo.checks import optimizers_differ, require_supported, what_is_off
 from lightning_mnemo.data import DataPosition
 from lightning_mnemo.extras import Extras
 from lightning_mnemo.identity import fingerprints
 from lightning_mnemo.metrics import capture_metrics, restore_metrics
 from lightning_mnemo.outputs import Outputs
-from lightning_mnemo.signals import StopSignals
+from lightning_mnemo.signals import StopSignals, leave
 from mnemo import faults
 from mnemo.config import load_config
+from mnemo.errors import NothingToResumeError
 from mnemo.session.keeper import Keeper, Restored
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.report import say
 from mnemo.session.session import expected_size
 from mnemo.smp.board import Position
 from mnemo.snapshot.rng import restore_rng
-from mnemo.types import EXIT_STATE_SAVED
 
 
 class MnemoCallback(pl.Callback):
@@ -71,7 +71,7 @@ class MnemoCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Every rank, when the process group is there and before anything is restored."""
-        if stage != "fit" or trainer.fast_dev_run:
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         require_supported(trainer, MnemoCallback)
         self._done = self._just_resumed = False
@@ -83,8 +83,8 @@ class MnemoCallback(pl.Callback):
         )
         try:
             self._restored = keeper.find()
-        except BaseException:
-            self._close(finished=False)
+        except BaseException as error:
+            self._close(finished=isinstance(error, NothingToResumeError))
             raise
         self._data = DataPosition(trainer, seed_samples=self._config.run.seed_samples)
         self._outputs = Outputs(trainer)
@@ -94,6 +94,7 @@ class MnemoCallback(pl.Callback):
         self._hooks = hooks = loops.LoopHooks(trainer)
         loop = trainer.fit_loop
         hooks.around(trainer.strategy, "process_dataloader", self._around_process_dataloader)
+        hooks.around(trainer.strategy, "load_optimizer_state_dict", self._around_load_optimizers)
         hooks.around(loop, "setup_data", self._around_setup_data)
         hooks.around(loop, "on_advance_end", self._around_epoch_end)
         hooks.around(loop.epoch_loop, "on_run_start", self._around_run_start)
@@ -136,6 +137,17 @@ class MnemoCallback(pl.Callback):
     ) -> None:
         original(checkpoint_path, **options)
         self._choose(trainer, checkpoint_path)
+
+    def _around_load_optimizers(
+        self, trainer: pl.Trainer, original: Callable[[Any], None], checkpoint: Any
+    ) -> None:
+        try:
+            original(checkpoint)
+        except (ValueError, KeyError) as error:
+            restored, keeper = self._restored, self._keeper
+            if restored is None or keeper is None:
+                raise
+            raise optimizers_differ(restored.step, keeper.identity.run_id, error) from error
 
     def _choose(self, trainer: pl.Trainer, checkpoint_path: Any) -> None:
         """Lightning asks what to resume from: a checkpoint that the user named wins over memory."""
@@ -180,11 +192,8 @@ class MnemoCallback(pl.Callback):
                 "ignore", message="You're resuming from a checkpoint that ended before"
             )
         if keeper.place.rank == 0 and keeper.place.world_size > 1:
-            missing = "mnemo run and " if "MNEMO_AGENT" not in os.environ else ""
-            say(
-                f"replacing a single rank is off: needs {missing}a later version's strategy; "
-                "a crash restarts all ranks from memory"
-            )
+            for line in what_is_off(trainer):
+                say(line)
         if self._outputs is not None:
             self._outputs.attach()
         self._extras = Extras(trainer)
@@ -207,6 +216,8 @@ class MnemoCallback(pl.Callback):
         loops.end_restart(trainer)
         data.catch_up(fetcher)
         restore_metrics(trainer, state["metrics"])
+        if self._outputs is not None:
+            self._outputs.show_epoch()
         extras.restore(state["extras"], state["checkpoint"]["optimizer_states"])
         self._boundaries = restored.tick // 2
         self._steps_before = trainer.global_step
@@ -330,7 +341,7 @@ class MnemoCallback(pl.Callback):
             loss=self._loss,
         )
         if keeper.stopping:
-            self._stop(trainer)
+            leave(trainer, keeper)
 
     def _state(self, trainer: pl.Trainer, *, validation_pending: bool) -> dict[str, Any]:
         """Everything that the next batch depends on, by reference."""
@@ -361,25 +372,6 @@ class MnemoCallback(pl.Callback):
             faults.reach("validation", step=trainer.global_step)
 
     # --- end ----------------------------------------------------------------------------------
-
-    def _stop(self, trainer: pl.Trainer) -> None:
-        """The snapshot of this step was just begun: seal it, persist it, leave with 75."""
-        keeper = self._keeper
-        assert keeper is not None
-        keeper.settle(self._config.recover.grace)
-        trainer.strategy.barrier("mnemo stop")
-        stored = keeper.flush(self._config.recover.grace) if keeper.place.local_rank == 0 else None
-        if keeper.place.rank == 0:
-            where = (
-                f"persisted up to step {stored}"
-                if stored is not None
-                else f"kept in memory for {self._config.snapshot.keep_alive:.0f} s"
-            )
-            say(
-                f"asked to stop: step {trainer.global_step} is saved ({where}); "
-                f"exit code {EXIT_STATE_SAVED} asks to be started again"
-            )
-        raise SystemExit(EXIT_STATE_SAVED)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The training ended well."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
-from mnemo.errors import ConfigError
+from mnemo.errors import ConfigError, ModelChangedError
 
 
 def require_supported(trainer: object, callback: type[pl.Callback]) -> None:
@@ -25,7 +28,8 @@ def require_supported(trainer: object, callback: type[pl.Callback]) -> None:
             f"{kind.__qualname__}: write 'import lightning.pytorch as pl' instead of "
             "'import pytorch_lightning as pl'"
         )
-    count = sum(isinstance(c, callback) for c in trainer.callbacks)
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    count = sum(isinstance(c, callback) for c in callbacks)
     if count > 1:
         raise ConfigError(f"the Trainer has {count} MnemoCallbacks: give it one")
     strategy = trainer.strategy
@@ -36,3 +40,29 @@ def require_supported(trainer: object, callback: type[pl.Callback]) -> None:
             "single device (strategy='auto') and data-parallel training (strategy='ddp'). "
             "Choose one of these, or train without the callback"
         )
+
+
+def what_is_off(trainer: pl.Trainer) -> list[str]:
+    """What a training on several ranks lacks, in lines for its start."""
+    agent = "" if "MNEMO_AGENT" in os.environ else "mnemo run and "
+    lines = [
+        (
+            f"replacing a single rank is off: needs {agent}a later version's strategy; "
+            "a crash restarts all ranks from memory"
+        )
+    ]
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        lines.append(
+            "forked or spawned ranks cannot tell a script's fits apart: only one fit may use this "
+            "run id (strategy='ddp' has no such limit)"
+        )
+    return lines
+
+
+def optimizers_differ(step: int, run_id: str, error: Exception) -> ModelChangedError:
+    """The error for optimizers that cannot take the snapshot's state."""
+    return ModelChangedError(
+        f"the optimizer state in the snapshot of step {step} of run {run_id} does not fit this "
+        f"script's optimizers: {error}. Nothing was overwritten. Use another run.id for them, or "
+        "run.resume=never to give the old state up"
+    )

@@ -93,7 +93,8 @@ class DataPosition:
         if saved is None:
             return
         # Before the iterator is made: a distributed sampler shuffles by the epoch it was told.
-        epoch = self._trainer.fit_loop.epoch_progress.current.processed
+        progress: Any = self._trainer.fit_loop.epoch_progress.current
+        epoch = progress.processed
         for sampler in (replay.inner, getattr(replay.inner, "sampler", None)):
             set_epoch = getattr(sampler, "set_epoch", None)
             if callable(set_epoch):
@@ -128,6 +129,7 @@ class DataPosition:
         loop = self._trainer.fit_loop
         fetcher = loop._data_fetcher
         assert fetcher is not None
+        iterator: Any = fetcher.combined_loader._iterator
         positions = [self._position(i, fetcher) for i in range(len(self._loaders))]
         return {
             "seed": self._seed,
@@ -136,8 +138,8 @@ class DataPosition:
             "done": fetcher.done,
             "ahead": list(getattr(fetcher, "batches", ())),
             "batch_index": getattr(fetcher, "_batch_idx", 0),
-            "index": fetcher.combined_loader._iterator._idx,
-            "consumed": list(getattr(fetcher.combined_loader._iterator, "_consumed", ())),
+            "index": iterator._idx,
+            "consumed": list(getattr(iterator, "_consumed", ())),
             "positions": positions,
             "begun": list(self._begun),
             "loaders": [

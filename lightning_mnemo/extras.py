@@ -126,7 +126,7 @@ def _resume_weight_averaging(trainer: pl.Trainer, optimizer_states: list[dict[st
 
     Making its scheduler changes learning rates, so those are set back to what they were.
     """
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, StochasticWeightAveraging) or callback._initialized:
             continue
         if callback.swa_start <= trainer.current_epoch <= callback.swa_end:

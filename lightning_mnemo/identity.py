@@ -18,7 +18,8 @@ def fingerprints(trainer: pl.Trainer) -> dict[str, str]:
     }
     loader = trainer.fit_loop._combined_loader
     # Loaders that are made anew may be other ones on purpose.
-    if loader is not None and not trainer.reload_dataloaders_every_n_epochs:
+    reloads: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    if loader is not None and not reloads:
         found["data"] = data_fingerprint(loader.flattened)
     return found
 

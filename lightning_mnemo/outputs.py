@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from lightning_mnemo.loggers import logger_states
 
@@ -26,7 +26,7 @@ class Outputs:
 
     def let_rewrite(self) -> None:
         """What LightningCLI's callback wrote in an earlier life is no mistake of the user's."""
-        for callback in self._trainer.callbacks:
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "overwrite") and hasattr(callback, "already_saved"):
                 callback.overwrite = True
 
@@ -58,6 +58,15 @@ class Outputs:
         for logger in self._loggers:
             if logger is not None:
                 logger.attach()
+
+    def show_epoch(self) -> None:
+        """In the middle of an epoch: the bar was never told that it has begun."""
+        bar = self._trainer.progress_bar_callback
+        if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
+            shown = bar.train_progress_bar
+            total = bar.total_train_batches
+            shown.total = None if total == float("inf") else total
+            shown.set_description(f"Epoch {self._trainer.current_epoch}")
 
     def close(self, *, finished: bool) -> None:
         """The fit is over."""

@@ -1,13 +1,18 @@
-"""SIGTERM and SIGUSR1 ask for a stop after the current step."""
+"""SIGTERM and SIGUSR1 ask for a stop after the current step, with its state kept."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+from mnemo.session.keeper import Keeper
+from mnemo.session.report import say
+from mnemo.types import EXIT_STATE_SAVED
 
 
 class StopSignals:
@@ -36,3 +41,22 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+def leave(trainer: pl.Trainer, keeper: Keeper) -> NoReturn:
+    """All ranks, the snapshot of this step just begun: seal it, persist it, exit with 75."""
+    grace = keeper.config.recover.grace
+    keeper.settle(grace)
+    trainer.strategy.barrier("mnemo stop")
+    stored = keeper.flush(grace) if keeper.place.local_rank == 0 else None
+    if keeper.place.rank == 0:
+        where = (
+            f"persisted up to step {stored}"
+            if stored is not None
+            else f"kept in memory for {keeper.config.snapshot.keep_alive:.0f} s"
+        )
+        say(
+            f"asked to stop: step {trainer.global_step} is saved ({where}); "
+            f"exit code {EXIT_STATE_SAVED} asks to be started again"
+        )
+    raise SystemExit(EXIT_STATE_SAVED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import socket
@@ -139,6 +141,14 @@ class Lab:
         self._process.stdin.close()
         self._process.wait(timeout=20)
         self._process.stdout.close()
+
+
+@functools.cache
+def shared_lab() -> Lab:
+    """The one of this test session: what it imports takes seconds."""
+    made = Lab()
+    atexit.register(made.close)
+    return made
 
 
 def rows(out: Path, rank: int = 0) -> dict[tuple[Any, ...], dict[str, Any]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning_client import Lab, assert_same, kill_at, records, rows
+from lightning_client import Lab, assert_same, kill_at, records, rows, shared_lab
 
 SEEDED = {"run": {"seed_samples": True}}
 EARLY = ("forward:3", "forward:11", "mid_copy:17")
@@ -65,10 +64,8 @@ WRITERS_MORE = {"averaging": ("forward:3", "validation:12", "mid_copy:13", "forw
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    made = Lab()
-    yield made
-    made.close()
+def lab() -> Lab:
+    return shared_lab()
 
 
 def cases(*tables: dict[str, tuple[str, ...]], campaign: bool = False) -> list[Any]:

@@ -787,14 +787,22 @@ def changed(out):
 
     class Changed(Net):
         def configure_optimizers(self):
-            optimizer = torch.optim.AdamW(
-                [{"params": self.net[:2].parameters()}, {"params": self.net[2:].parameters()}]
-            )
-            return optimizer
+            return torch.optim.Adam(self.parameters(), lr=0.01)
 
-    model = Net()
+    model = Changed()
     model.save_hyperparameters({"width": 3})
     return Case(model, loader(64, batch_size=4), val())
+
+
+def regrouped(out):
+    """`plain` with its parameters in two groups."""
+
+    class Regrouped(Net):
+        def configure_optimizers(self):
+            parts = (self.net[:2], self.net[2:])
+            return torch.optim.AdamW([{"params": part.parameters()} for part in parts])
+
+    return Case(Regrouped(), loader(), val())
 
 
 def named_checkpoint(out):

@@ -1,0 +1,159 @@
+"""What a start does with what is there: resumes, refuses, or begins anew, and says which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning_client import KILLED, Lab, Life, assert_same, kill_at, records, rows, shared_lab
+
+from mnemo.faults import Declaration, Fault
+
+NEVER = {"run": {"resume": "never"}}
+REQUIRED = {"run": {"resume": "required"}}
+
+
+@pytest.fixture(scope="module")
+def lab() -> Lab:
+    return shared_lab()
+
+
+def killed(lab: Lab, out: Path, case: str = "plain", *places: str, **options: Any) -> Life:
+    """A life that ends by SIGKILL, after six steps where nothing else is said."""
+    faults: tuple[Fault, ...] = kill_at(*(places or ("forward:6",)))
+    declared = Declaration(faults, str(out.with_suffix(".fired")))
+    life = lab.life(case, out, run_id="run", faults=declared, **options)
+    assert life.codes == [KILLED], life.said
+    return life
+
+
+def steps(out: Path) -> list[int]:
+    """Steps after each batch, as they came, repeated ones too."""
+    lines = [json.loads(line) for line in (out / "rows-0.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["key"][1] == "batch"]
+
+
+def test_another_model_is_refused_and_nothing_is_overwritten(lab: Lab, tmp_path: Path) -> None:
+    killed(lab, tmp_path / "a")
+    life = lab.life("wider", tmp_path / "b", run_id="run")
+    assert life.codes == [1]
+    assert "ModelChangedError: the snapshot of step 6 of run run was taken of another" in life.said
+    assert "net.4.bias: float32[1] in the snapshot, absent in the model" in life.said
+    life = lab.life("plain", tmp_path / "a", run_id="run")
+    assert "resumed from memory at step 6" in life.said
+    lab.life("plain", tmp_path / "alone", mnemo=False)
+    assert_same(tmp_path / "alone", tmp_path / "a")
+
+
+def test_optimizers_that_do_not_fit_are_refused(lab: Lab, tmp_path: Path) -> None:
+    killed(lab, tmp_path / "a")
+    life = lab.life("regrouped", tmp_path / "b", run_id="run")
+    assert life.codes == [1]
+    assert "ModelChangedError: the optimizer state in the snapshot of step 6 of run" in life.said
+    life = lab.life("plain", tmp_path / "a", run_id="run")
+    assert "resumed from memory at step 6" in life.said
+
+
+def test_what_has_changed_is_listed(lab: Lab, tmp_path: Path) -> None:
+    killed(lab, tmp_path / "a")
+    life = lab.life("changed", tmp_path / "b", run_id="run")
+    assert "changed since the snapshot: data, hyperparameters, optimizer" in life.said
+    [record] = [r for r in records("run") if r["event"] == "changed"]
+    assert record["what"] == ["data", "hyperparameters", "optimizer"]
+
+
+def test_never_begins_anew_and_says_so(lab: Lab, tmp_path: Path) -> None:
+    killed(lab, tmp_path / "a")
+    life = lab.life("plain", tmp_path / "b", run_id="run", settings=NEVER)
+    assert life.codes == [0]
+    assert "fresh (run.resume is never)" in life.said
+    assert steps(tmp_path / "b") == list(range(1, 17))
+
+
+def test_required_fails_where_nothing_is(lab: Lab, tmp_path: Path) -> None:
+    life = lab.life("plain", tmp_path / "a", run_id="run", settings=REQUIRED)
+    assert life.codes == [1]
+    assert "NothingToResumeError: run.resume is 'required'" in life.said
+    assert not (tmp_path / "a" / "rows-0.jsonl").read_text()
+
+
+def test_without_a_stable_id_nothing_is_resumed(lab: Lab, tmp_path: Path) -> None:
+    first = lab.life("fails", tmp_path / "a", settings={"snapshot": {"keep_alive": "1s"}})
+    assert first.codes == [1]
+    second = lab.life("fails", tmp_path / "a")
+    assert second.codes == [0]
+    assert "fresh (a new id at each launch)" in second.said
+
+
+def test_named_checkpoint_wins_over_memory(lab: Lab, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    killed(lab, out, "outputs", "forward:7")
+    logs = {p: p.read_bytes() for p in (out / "logs").rglob("events*")}
+    (out / "start.ckpt").write_bytes((out / "steps" / "step=3.ckpt").read_bytes())
+    (out / "rows-0.jsonl").unlink()
+    life = lab.life("named_checkpoint", out, run_id="run")
+    assert life.codes == [0], life.said
+    assert "was asked for: the snapshot of step 7 in memory is given up" in life.said
+    assert steps(out)[0] == 4
+    assert {p: p.read_bytes() for p in logs} == logs  # an earlier life's logs stay as they are
+
+
+def test_memory_wins_after_an_agents_restart(lab: Lab, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    killed(lab, out, "outputs", "forward:7")
+    (out / "start.ckpt").write_bytes((out / "steps" / "step=3.ckpt").read_bytes())
+    (out / "rows-0.jsonl").unlink()
+    again = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    life = lab.life("named_checkpoint", out, run_id="run", **again)
+    assert life.codes == [0], life.said
+    assert "resumed from memory at step 7" in life.said
+    assert steps(out)[0] == 8
+
+
+def test_the_users_own_error_keeps_the_state(lab: Lab, tmp_path: Path) -> None:
+    lab.life("plain", tmp_path / "alone", mnemo=False)
+    life = lab.life("fails", tmp_path / "a", run_id="run")
+    assert life.codes == [1]
+    assert "ValueError: the user's own mistake" in life.said
+    life = lab.life("fails", tmp_path / "a", run_id="run")
+    assert life.codes == [0]
+    assert "resumed from memory at step 5, 0 steps lost" in life.said
+    assert_same(tmp_path / "alone", tmp_path / "a")
+
+
+def test_ctrl_c_gives_the_memory_back(lab: Lab, tmp_path: Path) -> None:
+    life = lab.life("interrupted", tmp_path / "a", run_id="run")
+    assert life.codes == [1]
+    life = lab.life("plain", tmp_path / "b", run_id="run")
+    assert "fresh (no earlier snapshot)" in life.said
+
+
+def test_changing_attributes_are_named_once(lab: Lab, tmp_path: Path) -> None:
+    life = lab.life("changing", tmp_path / "a")
+    assert life.codes == [0]
+    assert life.said.count("mnemo: _history, counted of Counts change during training") == 1
+
+
+def test_rows_prove_something(lab: Lab, tmp_path: Path) -> None:
+    """The comparison itself notices one changed bit."""
+    lab.life("plain", tmp_path / "a", mnemo=False)
+    lab.life("plain", tmp_path / "b", mnemo=False)
+    assert_same(tmp_path / "a", tmp_path / "b")
+    assert len(rows(tmp_path / "a")) == 16 + 4 + 2 + 1
+    file = tmp_path / "b" / "rows-0.jsonl"
+    lines = file.read_text().splitlines()
+    row = json.loads(lines[5])
+    row["loss"] = row["loss"][::-1]
+    file.write_text("\n".join([*lines[:5], json.dumps(row), *lines[6:]]))
+    with pytest.raises(AssertionError, match="loss"):
+        assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_checkpoints_of_a_resumed_run_are_lightnings_own(lab: Lab, tmp_path: Path) -> None:
+    lab.lives("outputs", tmp_path / "a", kill_at("forward:7"))
+    found = torch.load(tmp_path / "a" / "steps" / "step=12.ckpt", weights_only=False)
+    assert found["global_step"] == 12
+    assert not any("mnemo" in key.lower() for key in found["callbacks"])
