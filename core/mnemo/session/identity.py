@@ -131,8 +131,9 @@ def require_same_model(
     if differ:
         shown = "; ".join(differ[:8]) + (f"; and {len(differ) - 8} more" if len(differ) > 8 else "")
         raise ModelChangedError(
-            f"the snapshot of step {step} of run {run_id} was taken of another model: {shown}. Nothing was overwritten. "
-            "Use another run.id for this model, or run.resume=never to give the old state up"
+            f"the snapshot of step {step} of run {run_id} was taken of another model: {shown}. "
+            "Nothing was overwritten. Use another run.id for this model, or run.resume=never to "
+            "give the old state up"
         )
 
 

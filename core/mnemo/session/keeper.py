@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,10 @@ class Restored:
 
 
 class Keeper:
-    """See the module. Its life: `find`, `accept` or `forget`, `begin`, `announce`; then `before_update` and
-    `boundary` at each step; then `close`.
+    """See the module.
+
+    Its life: `find`, `accept` or `forget`, `begin`, `announce`; then `before_update` and `boundary`
+    at each step; then `close`.
     """
 
     def __init__(
@@ -116,6 +118,8 @@ class Keeper:
         self._last_boundary: float | None = None
         self._captured_last = False
         self._stopping = False
+        self._base = 0
+        """Boundaries that count as done before a fresh start."""
         self._captured_tick = NOTHING
         self._first_loss: torch.Tensor | None = None
         self._reached = max((p["step"] for p in self._link.board.positions()), default=0)
@@ -137,7 +141,8 @@ class Keeper:
         found = None if wanted is Resume.never else self._find()
         if found is None and wanted is Resume.required:
             raise NothingToResumeError(
-                f"run.resume is 'required', but run {self.identity.run_id} has no snapshot in memory"
+                f"run.resume is 'required', but run {self.identity.run_id} has no snapshot in "
+                "memory"
                 + (
                     f" and no checkpoint in {self._persist.url}"
                     if self._persist
@@ -145,7 +150,9 @@ class Keeper:
                 )
                 + ". Start with run.resume=auto to begin anew"
             )
-        return found and Restored(
+        if found is None:
+            return None
+        return Restored(
             found.state["state"],
             found.state["rng"],
             found.tick,
@@ -175,10 +182,17 @@ class Keeper:
         self._then = restored.fingerprints
 
     def forget(self) -> None:
-        """Start fresh: whatever is in memory is void."""
+        """Start fresh: whatever is in memory is void. Collective.
+
+        Checkpoints of the run that lie on storage stay, but count as older than all that follows.
+        """
         self._link.ask(m.Resume(NOTHING), m.Done)
         self._reached = 0
-        self._lead(0)
+        stored = self._storage().newest_tick() if self._persist is not None else NOTHING
+        _, newest = self.place.agree(stored)
+        every = self.config.snapshot.every or 1
+        self._base = -(-(newest // 2 + 1) // every) * every
+        self._lead(self._base)
 
     def begin(self, fingerprints: dict[str, str]) -> None:
         """Training starts now: snapshots can be taken from here on.
@@ -197,17 +211,15 @@ class Keeper:
         memory = MemorySource(self._link, self.place.rank, self._secret)
         found = newest_common(memory, self.place.agree)
         if self._persist is not None:
-            storage = StorageSource(
-                self._persist,
-                store_id(self.identity.run_id, self.fit),
-                self.place.rank,
-                self.place.members,
-            )
-            stored = newest_common(
-                storage, self.place.agree, newer_than=found.tick if found else -1
-            )
+            newer_than = found.tick if found else NOTHING
+            stored = newest_common(self._storage(), self.place.agree, newer_than)
             found = stored or found
         return found
+
+    def _storage(self) -> StorageSource:
+        assert self._persist is not None
+        name = store_id(self.identity.run_id, self.fit)
+        return StorageSource(self._persist, name, self.place.rank, self.place.members)
 
     def announce(self, restored: Restored | None, *, exact: bool = True, note: str = "") -> None:
         """The line that every start prints, and the journal's record of it. Rank 0 only."""
@@ -219,9 +231,8 @@ class Keeper:
             why = "a new id at each launch" if not self.identity.stable else "no earlier snapshot"
             if self.config.run.resume is Resume.never:
                 why = "run.resume is never"
-            report.say(
-                f"run {run} · fresh ({why}) · {self.place.world_size} ranks · {self._frequency()}"
-            )
+            ranks = _count(self.place.world_size, "rank")
+            report.say(f"run {run} · fresh ({why}) · {ranks} · {self._frequency()}")
             self.journal.write("start", resumed=False, why=why, **fields)
             return
         lost = max(0, self._reached - restored.step)
@@ -261,7 +272,7 @@ class Keeper:
         with contextlib.suppress(MnemoError, OSError):
             for record in reversed(read(self.journal.path)):
                 if record.get("event") == "failure":
-                    return record
+                    return dict(record)
                 if record.get("event") in ("start", "recovery", "end"):
                     return None
         return None
@@ -299,7 +310,8 @@ class Keeper:
             domain = [what for what, survives in survival_domain().items() if survives]
             total = 2 * size // self._share.replicas * self.place.members
             report.say(
-                f"{report.gib(total)} of host memory for snapshots on this node · they outlive: {', '.join(domain)}"
+                f"{report.gib(total)} of host memory for snapshots on this node"
+                f" · they outlive: {', '.join(domain)}"
             )
 
     def _lead(self, boundary: int) -> None:
@@ -330,6 +342,7 @@ class Keeper:
                 is void if the first loss computed with it was not.
         """
         now = time.perf_counter()
+        position = replace(position, tick=position.tick + 2 * self._base)
         board = self._link.board
         board.report(self.place.local_rank, position)
         number, after = divmod(position.tick, 2)
@@ -344,7 +357,7 @@ class Keeper:
             self._stopping = True
         if not self._is_due(number) and not self._stopping:
             return
-        if not self._is_clean(loss, position):
+        if not self._is_clean(loss):
             self._skip_suspect(position)
         else:
             assert self._engine is not None
@@ -366,7 +379,7 @@ class Keeper:
             )
 
     def request_stop(self) -> None:
-        """Ask all ranks to stop after the same step, with a snapshot of it. Safe in a signal handler."""
+        """Ask all ranks to stop after the same step, with a snapshot; safe in signal handlers."""
         self._link.board.request_stop()
 
     @property
@@ -387,7 +400,7 @@ class Keeper:
             return number % every == 0
         return self._link.board.is_scheduled(number)
 
-    def _is_clean(self, loss: torch.Tensor | None, position: Position) -> bool:
+    def _is_clean(self, loss: torch.Tensor | None) -> bool:
         """Whether nothing speaks against the state; voids the last snapshot where its loss does."""
         if self._first_loss is not None and not _is_finite(self._first_loss):
             self._event(
@@ -447,7 +460,7 @@ class Keeper:
         return self._engine is None or self._engine.finish(timeout_s)
 
     def flush(self, timeout_s: float) -> int | None:
-        """Seal and persist the newest snapshot; the step that is safe on storage, None if none is."""
+        """Seal and persist the newest snapshot; the step that is on storage, None if none is."""
         self.settle(timeout_s)
         if self._persist is None:
             return None
@@ -484,6 +497,10 @@ class Keeper:
         self.journal.write(
             "degraded", run=self.identity.run_id, rank=self.place.rank, kind=kind, text=words
         )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _is_finite(loss: torch.Tensor) -> bool:

@@ -39,7 +39,8 @@ def current_place(*, replicas: bool, device: torch.device | None = None) -> Plac
     members = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if members != world:
         raise ConfigError(
-            f"{world} ranks on several nodes ({members} on this one): this version of mnemo protects one node"
+            f"{world} ranks on several nodes ({members} on this one): "
+            "this version of mnemo protects one node"
         )
     rank = dist.get_rank()
     local = int(os.environ.get("LOCAL_RANK", rank))

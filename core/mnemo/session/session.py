@@ -21,7 +21,9 @@ from mnemo.snapshot.rng import restore_rng
 
 
 class Session:
-    """Snapshots and exact resume for a training loop of your own::
+    """Snapshots and exact resume for a training loop of your own.
+
+    ::
 
         run = mnemo.Session("mnemo.yaml", model=model, optimizer=optimizer, scheduler=scheduler)
         for batch in run.batches(loader, epochs=3):

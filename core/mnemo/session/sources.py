@@ -95,13 +95,8 @@ class StorageSource:
 
     def newest(self, below: int | None, newer_than: int) -> Candidate | None:
         """See `StateSource`. Storage that cannot be reached counts as empty, with a warning."""
-        try:
-            stored = self._store.checkpoints()
-        except StorageError as error:
-            log.warning("no checkpoint is looked for: %s", error)
-            return None
-        for checkpoint in stored:
-            tick = int(checkpoint.meta.get("tick") or 0)
+        for checkpoint in self._by_tick():
+            tick = _tick(checkpoint)
             if tick <= newer_than or (below is not None and tick >= below):
                 continue
             try:
@@ -110,10 +105,23 @@ class StorageSource:
                 log.warning("the checkpoint of step %d is not used: %s", checkpoint.step, error)
         return None
 
+    def newest_tick(self) -> int:
+        """Tick of the newest checkpoint there is, readable by this launch or not."""
+        return max(map(_tick, self._by_tick()), default=NOTHING)
+
+    def _by_tick(self) -> list[Checkpoint]:
+        """Checkpoints, newest first: a run begun anew goes on counting ticks, not steps."""
+        try:
+            return sorted(self._store.checkpoints(), key=_tick, reverse=True)
+        except StorageError as error:
+            log.warning("no checkpoint is looked for: %s", error)
+            return []
+
     def _read(self, checkpoint: Checkpoint) -> Candidate:
         if checkpoint.meta.get("members") != self._members:
             raise IntegrityError(
-                f"it was written by {checkpoint.meta.get('members')} ranks, this launch has {self._members}: start as many, or export it"
+                f"it was written by {checkpoint.meta.get('members')} ranks, this launch has "
+                f"{self._members}: start as many, or export it"
             )
         return _candidate(read_sources(self._store, checkpoint), self._rank, None, "storage")
 
@@ -142,3 +150,7 @@ def _candidate(
     return Candidate(
         mine.header.tick, mine.header.step, state, mine.meta.tensors, mine.meta.identity, origin
     )
+
+
+def _tick(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.meta.get("tick") or 0)

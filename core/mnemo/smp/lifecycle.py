@@ -56,7 +56,7 @@ def ensure(paths: RunPaths) -> SmpClient:
 
 def find(paths: RunPaths) -> SmpClient | None:
     """A connection to the run's SMP if one lives."""
-    if not paths.directory.is_dir() or not paths.secret.exists():
+    if paths.read_record() is None:
         return None
     try:
         return SmpClient.connect(paths, auth.load_or_create_secret(paths.secret))

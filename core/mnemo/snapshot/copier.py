@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -123,7 +124,8 @@ def copy(job: Iterable[tuple[Bytes, list[Move]]]) -> tuple[bytes, bool]:
     """
     digests = []
     finite = True
-    digest, copyto, total = xxhash.xxh3_64_intdigest, np.copyto, np.add.reduce
+    digest: Callable[[Any], int] = xxhash.xxh3_64_intdigest
+    copyto, total = np.copyto, np.add.reduce
     with np.errstate(all="ignore"):
         for chunk, moves in job:
             for move in moves:
@@ -142,7 +144,6 @@ def hash_chunk(pieces: list[Piece]) -> int:
     """The xxh3-64 that a chunk of ``pieces`` would have."""
     h = xxhash.xxh3_64()
     for piece in pieces:
-        h.update(
-            piece.source.cpu().numpy() if isinstance(piece.source, torch.Tensor) else piece.source
-        )
+        source = piece.source
+        h.update((source.cpu().numpy() if isinstance(source, torch.Tensor) else source).data)
     return h.intdigest()

@@ -28,9 +28,7 @@ def module_state(module: torch.nn.Module) -> dict[str, Any]:
         prefix, child = stack.pop()
         if _has_own_ways(child):
             return {"parameters": {}, "rest": module.state_dict()}
-        for parameter in child._parameters.values():
-            if parameter is not None:
-                pointers.append(parameter.data_ptr())
+        pointers += [p.data_ptr() for p in child._parameters.values() if p is not None]
         for name, buffer in child._buffers.items():
             if buffer is not None and name not in child._non_persistent_buffers_set:
                 rest[prefix + name] = buffer

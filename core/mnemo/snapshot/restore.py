@@ -63,7 +63,7 @@ class Source:
 
         def read(offset: int, targets: list[Bytes]) -> None:
             for i in range(0, len(targets), _MOST_BUFFERS):
-                part = targets[i : i + _MOST_BUFFERS]
+                part = [target.data for target in targets[i : i + _MOST_BUFFERS]]
                 wanted = sum(len(t) for t in part)
                 if os.preadv(fd, part, PAGE + offset) != wanted:
                     raise IntegrityError(f"the snapshot of step {header.step} is cut off")
@@ -150,7 +150,7 @@ def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
         source.read(index * CHUNK, targets)
         digest = xxhash.xxh3_64()
         for target in targets:
-            digest.update(target)
+            digest.update(target.data)
         if not segment.is_digest(source.meta.digests, index, digest.intdigest()):
             raise IntegrityError(
                 f"chunk {index} of rank {source.meta.rank}'s snapshot of step "
