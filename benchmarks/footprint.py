@@ -2,15 +2,14 @@
 
 100 M parameters with AdamW, one rank, a snapshot at every step; ``--quick`` takes 25 M. The
 snapshot process holds its buffers as anonymous files: what it takes is the pages allocated to them
-plus its own private memory. The trainer maps these pages to write into them. As the snapshot process
-does not map them, the kernel counts them in the trainer's USS; they are not the trainer's and are
-counted once, with the buffers: *private* is what goes when the trainer is killed, its anonymous
-memory. USS and PSS as the kernel gives them stand beside it.
+plus its own private memory. The trainer maps these pages to write into them. As the snapshot
+process does not map them, the kernel counts them in the trainer's USS; they are not the trainer's
+and are counted once, with the buffers: *private* is what goes when the trainer is killed, its
+anonymous memory. USS and PSS as the kernel gives them stand beside it.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import psutil
@@ -62,7 +61,7 @@ def _allocated(pid: int) -> int:
     sizes = {}
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            if os.readlink(entry).startswith("/memfd:"):
+            if str(entry.readlink()).startswith("/memfd:"):
                 found = entry.stat()
                 sizes[found.st_ino] = found.st_blocks * 512
         except FileNotFoundError:

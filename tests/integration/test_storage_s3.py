@@ -15,8 +15,6 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from mnemo.errors import StorageError
-from mnemo.storage import CheckpointStore, WriteCancelledError
 from s3fs import S3FileSystem
 from storage_suite import (
     Place,
@@ -28,6 +26,9 @@ from storage_suite import (
     steps,
     write,
 )
+
+from mnemo.errors import StorageError
+from mnemo.storage import CheckpointStore, WriteCancelledError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

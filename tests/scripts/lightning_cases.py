@@ -845,3 +845,10 @@ def slow(out):
             return super().training_step(batch, batch_idx)
 
     return Case(Slow(), loader(), val(), {"max_epochs": 4})
+
+
+def wandb_offline(out):
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(save_dir=out, offline=True)
+    return Case(Net(), loader(), val(), {"logger": logger, "log_every_n_steps": 1})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -178,10 +177,12 @@ class Session:
     def _one_pass(
         self, loader: Iterable[Any], position: dict[str, Any] | None, rng: dict[str, Any] | None
     ) -> Iterator[Any]:
-        for part in (self._replay and self._replay.inner, getattr(loader, "sampler", None)):
-            for sampler in (part, getattr(part, "sampler", None)):
-                with contextlib.suppress(AttributeError):
-                    sampler.set_epoch(self._epoch)
+        samplers = [getattr(loader, "sampler", None), getattr(self._replay, "inner", None)]
+        samplers += [getattr(sampler, "sampler", None) for sampler in samplers]
+        for sampler in samplers:
+            set_epoch = getattr(sampler, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(self._epoch)
         if self._replay is not None:
             if position is None:
                 self._replay.end_pass()

@@ -124,7 +124,7 @@ def copy(job: Iterable[tuple[Bytes, list[Move]]]) -> tuple[bytes, bool]:
     """
     digests = []
     finite = True
-    digest: Callable[[Any], int] = xxhash.xxh3_64_intdigest
+    digest: Any = xxhash.xxh3_64_intdigest  # its stubs do not know arrays as buffers
     copyto, total = np.copyto, np.add.reduce
     with np.errstate(all="ignore"):
         for chunk, moves in job:
