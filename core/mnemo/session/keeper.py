@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mnemo import faults
 from mnemo.config import Overrun, ResolvedConfig, Resume
 from mnemo.errors import MnemoError, NothingToResumeError, SmpError
 from mnemo.recovery.journal import Journal, journal_path
-from mnemo.session import report
+from mnemo.session import announce, report
 from mnemo.session.identity import RunIdentity, describe_changes, require_same_model
 from mnemo.session.sources import NOTHING, Candidate, MemorySource, StorageSource, newest_common
 from mnemo.smp import messages as m
@@ -39,6 +39,11 @@ from mnemo.transport import auth
 log = logging.getLogger("mnemo")
 
 
+def _alone(value: int) -> tuple[int, int]:
+    """Agreement of a single rank with itself."""
+    return value, value
+
+
 @dataclass(frozen=True)
 class Place:
     """Where this process stands among the ranks."""
@@ -50,7 +55,7 @@ class Place:
     """Ranks on this node."""
     replicas: bool = False
     """Whether all members hold the same parameters and optimizer state."""
-    agree: Callable[[int], tuple[int, int]] = field(default=lambda value: (value, value))
+    agree: Callable[[int], tuple[int, int]] = _alone
     """Collective: smallest and largest of the ranks' values."""
 
 
@@ -225,63 +230,13 @@ class Keeper:
         """The line that every start prints, and the journal's record of it. Rank 0 only."""
         if self.place.rank != 0:
             return
-        run = self.identity.run_id
-        fields: dict[str, Any] = {"run": run, "fit": self.fit, "world_size": self.place.world_size}
+        start = announce.Start(self.config, self.identity, self.fit, self.place.world_size)
         if restored is None:
-            why = "a new id at each launch" if not self.identity.stable else "no earlier snapshot"
-            if self.config.run.resume is Resume.never:
-                why = "run.resume is never"
-            ranks = _count(self.place.world_size, "rank")
-            report.say(f"run {run} · fresh ({why}) · {ranks} · {self._frequency()}")
-            self.journal.write("start", resumed=False, why=why, **fields)
-            return
-        lost = max(0, self._reached - restored.step)
-        failure = self._last_failure()
-        took = time.time() - (failure["time"] if failure else self._opened)
-        exactness = "exact" if exact else "not exact"
-        cause = (
-            f"rank {failure.get('rank')} {failure.get('cause')}"
-            if failure
-            else "an earlier life ended"
-        )
-        extra = f" ({note})" if note else ""
-        report.say(
-            f"run {run} · {cause} → resumed from {restored.origin} at step {restored.step}, "
-            f"{report.steps(lost)} lost, {report.seconds(took)}, {exactness}{extra}"
-        )
-        record = {
-            "origin": restored.origin,
-            "step": restored.step,
-            "steps_lost": lost,
-            "seconds": took,
-            "exact": exact,
-        }
-        self.journal.write("start", resumed=True, note=note, **record, **fields)
-        self.journal.write(
-            "recovery",
-            cause=cause,
-            rung="snapshot" if restored.origin == "memory" else "checkpoint",
-            **record,
-            **fields,
-        )
-
-    def _last_failure(self) -> dict[str, Any] | None:
-        """The newest failure in the journal that no start has followed."""
-        from mnemo.recovery.journal import read
-
-        with contextlib.suppress(MnemoError, OSError):
-            for record in reversed(read(self.journal.path)):
-                if record.get("event") == "failure":
-                    return dict(record)
-                if record.get("event") in ("start", "recovery", "end"):
-                    return None
-        return None
-
-    def _frequency(self) -> str:
-        every = self.config.snapshot.every
-        if every is not None:
-            return f"a snapshot every {report.steps(every)}"
-        return f"snapshots within {self.config.snapshot.overhead:.1%} of step time"
+            start.fresh(self.journal)
+        else:
+            lost = max(0, self._reached - restored.step)
+            resumed = announce.Resumed(restored.origin, restored.step, lost, exact, note)
+            start.resumed(self.journal, resumed, since=self._opened)
 
     def _start_engine(self, fingerprints: dict[str, str]) -> None:
         place = self.place
@@ -497,10 +452,6 @@ class Keeper:
         self.journal.write(
             "degraded", run=self.identity.run_id, rank=self.place.rank, kind=kind, text=words
         )
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _is_finite(loss: torch.Tensor) -> bool:

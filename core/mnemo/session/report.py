@@ -20,6 +20,6 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
 
 
-def steps(count: int) -> str:
+def count(number: int, thing: str) -> str:
     """``1 step``, ``2 steps``."""
-    return f"{count} step" if count == 1 else f"{count} steps"
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -30,13 +30,15 @@ from mnemo.smp import segment
 from mnemo.smp.link import Link
 from mnemo.smp.segment import CHUNK, PAGE
 from mnemo.snapshot import copier, tree
-from mnemo.snapshot.layout import SMALL, Bytes, Layout, Share, byte_view, is_dense, make_layout
+from mnemo.snapshot.layout import Bytes, Share
+from mnemo.snapshot.plan import CopyPlan, plan_for
 from mnemo.transport import auth
 
 log = logging.getLogger("mnemo")
 
 GRANT_LIMIT_S: Final = 1.0
 """How long an update waits for a buffer to become free before that snapshot is given up."""
+_CLOSE_LIMIT_S: Final = 10.0
 _MADV_POPULATE_WRITE: Final = 23
 _FIRST_VERIFIED: Final = 3
 _VERIFY_EVERY: Final = 64
@@ -60,44 +62,12 @@ class Counters:
 
 
 @dataclass
-class _Plan:
-    """A layout, views of the tensors it was made for, and the copies to be done."""
-
-    parts: list[tree.Part]
-    signature: list[tuple[Any, ...]]
-    names: list[str]
-    layout: Layout
-    own: list[int]
-    shared: list[int]
-    numbers: list[str]
-    pointers: list[int]
-    """``data_ptr`` of the tensors outside stable parts."""
-    loose: list[int]
-    """Tensors without one stretch of memory: their sources are copies, made anew each time."""
-    sources: list[Bytes | torch.Tensor]
-    stage: Bytes
-    chunks: list[list[copier.Piece]] | None = None
-    """The shared part, piece by piece; None after a tensor has moved."""
-    jobs: dict[int, tuple[copier.Job, copier.Job]] = field(default_factory=dict)
-    """By segment: how to fill its own and its shared part."""
-    witnessed: int = 0
-    at_once: list[tuple[Bytes, Bytes | torch.Tensor]] | None = None
-
-    def own_moves(self) -> list[tuple[Bytes, Bytes | torch.Tensor]]:
-        """The copies that are done at once, into ``stage``."""
-        if self.at_once is None:
-            places = [(self.layout.entries[i], self.sources[i]) for i in self.own]
-            self.at_once = [(self.stage[e.offset : e.offset + e.nbytes], s) for e, s in places]
-        return self.at_once
-
-
-@dataclass
 class _Job:
     """One snapshot on its way."""
 
     tick: int
     step: int
-    plan: _Plan
+    plan: CopyPlan
     small: bytes
     position: dict[str, int]
     tensors: list[torch.Tensor]
@@ -168,7 +138,7 @@ class SnapshotEngine:
         self._drop_on_overrun = drop_on_overrun
         self._verify = verify
         self._on_event = on_event or (lambda kind, words: log.warning("%s: %s", kind, words))
-        self._plan: _Plan | None = None
+        self._plan: CopyPlan | None = None
         self._parts: dict[str, tree.Part] = {}
         self._at_once: set[str] = set()
         self._maps: dict[int, Bytes] = {}
@@ -209,11 +179,9 @@ class SnapshotEngine:
             self.counters.dropped += 1  # it still waits for a buffer: so would this one
             return
         taken = tree.take_apart(state, self._parts)
-        plan = self._plan_for(taken, volatile, watch)
+        plan = self._plan = plan_for(self._plan, taken, volatile, watch, self._at_once)
         tensors = taken.all_tensors()
-        for i in plan.loose:
-            plan.sources[i] = _view(tensors[i][1])
-            plan.at_once = None
+        plan.look_again(tensors)
         for target, source in plan.own_moves():
             if isinstance(source, torch.Tensor):
                 torch.from_numpy(target).copy_(source)
@@ -253,73 +221,11 @@ class SnapshotEngine:
     def close(self) -> None:
         """End the copy thread. The link stays open."""
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(_CLOSE_LIMIT_S)
+        if self._thread.is_alive():
+            return  # it waits for the SMP; nothing is lost with it
         self._plan = self._job = None
         self._drop_maps(set())
-
-    # --- what is where ------------------------------------------------------------------------
-
-    def _plan_for(
-        self, taken: tree.TakenApart, volatile: Collection[int], watch: tuple[str, ...]
-    ) -> _Plan:
-        """The plan of the same tensors as last time, or a new one."""
-        rest = taken.tensors
-        pointers = [t.data_ptr() for _, t in rest]
-        signature = [
-            (name, t.dtype, t.shape, t.stride(), t.device, p in volatile)
-            for (name, t), p in zip(rest, pointers, strict=True)
-        ]
-        plan = self._plan
-        if (
-            plan is None
-            or plan.signature != signature
-            or len(plan.parts) != len(taken.parts)
-            or any(a is not b for a, b in zip(plan.parts, taken.parts, strict=True))
-        ):
-            plan = self._plan = self._new_plan(taken, signature, volatile, watch)
-            plan.pointers = pointers
-        elif plan.pointers != pointers:
-            lazy = set(plan.shared)
-            for i, ((_, tensor), old, new) in enumerate(
-                zip(rest, plan.pointers, pointers, strict=True)
-            ):
-                if old != new:
-                    plan.sources[i] = _view(tensor)
-                    plan.at_once = None
-                    if i in lazy:
-                        plan.chunks = None
-            plan.pointers = pointers
-        return plan
-
-    def _new_plan(
-        self,
-        taken: tree.TakenApart,
-        signature: list[tuple[Any, ...]],
-        volatile: Collection[int],
-        watch: tuple[str, ...],
-    ) -> _Plan:
-        tensors = [(n, t if is_dense(t) else t.contiguous()) for n, t in taken.all_tensors()]
-        own = [
-            original.data_ptr() in volatile
-            or t.numel() * t.element_size() <= SMALL
-            or name in self._at_once
-            or not is_dense(original)
-            for (name, t), (_, original) in zip(tensors, taken.all_tensors(), strict=True)
-        ]
-        layout = make_layout(tensors, own)
-        return _Plan(
-            parts=taken.parts,
-            signature=signature,
-            names=[name for name, _ in tensors],
-            layout=layout,
-            own=[i for i, o in enumerate(own) if o],
-            shared=[i for i, o in enumerate(own) if not o],
-            numbers=[_number(name, t, watch) for name, t in tensors],
-            pointers=[],
-            loose=[i for i, (_, t) in enumerate(taken.all_tensors()) if not is_dense(t)],
-            sources=[_view(t) for _, t in tensors],
-            stage=np.zeros(layout.own_padded, dtype=np.uint8),
-        )
 
     # --- the copy thread ----------------------------------------------------------------------
 
@@ -361,8 +267,8 @@ class SnapshotEngine:
             raise SnapshotError("replicas differ: from now on every rank keeps a whole copy")
         fd = fds[0]
         begun = time.perf_counter()
-        segment.begin(fd, job.tick, job.step, size)
-        chunks, (own_job, shared_job) = self._prepare(job.plan, granted.index, bulk, start, stop)
+        inode = self._inodes[granted.index]
+        chunks, (own_job, shared_job) = job.plan.moves(bulk, inode, start, stop)
         own, _ = copier.copy(own_job)
         shared, finite = copier.copy(self._unless_cancelled(job, shared_job))
         witness = self._witness(job.plan, start // CHUNK, -(-stop // CHUNK))
@@ -378,24 +284,6 @@ class SnapshotEngine:
             raise _CancelledError("non-finite parameters")
         faults.reach("seal", step=job.step)
         self._seal(job, granted.index, fd, size, (start, stop), own + shared, witness)
-
-    def _prepare(
-        self, plan: _Plan, index: int, bulk: Bytes, start: int, stop: int
-    ) -> tuple[list[list[copier.Piece]], tuple[copier.Job, copier.Job]]:
-        """This rank's chunks of the shared part, and the moves that fill segment ``index``."""
-        base = plan.layout.own_padded
-        if plan.chunks is None:
-            plan.jobs.clear()
-            plan.chunks = copier.pieces_of(
-                plan.layout, plan.sources, base, plan.layout.total, plan.numbers
-            )
-        chunks = plan.chunks[start // CHUNK : -(-stop // CHUNK)]
-        known = plan.jobs.get(self._inodes[index])
-        if known is None:
-            own = copier.plan_moves(bulk, _stage_chunks(plan.stage))
-            known = own, copier.plan_moves(bulk[base:], chunks)
-            plan.jobs[self._inodes[index]] = known
-        return chunks, known
 
     def _seal(
         self,
@@ -471,7 +359,7 @@ class SnapshotEngine:
                 faults.reach("mid_copy", step=job.step)
             yield chunk
 
-    def _witness(self, plan: _Plan, first: int, stop: int) -> dict[int, int]:
+    def _witness(self, plan: CopyPlan, first: int, stop: int) -> dict[int, int]:
         """Digests of chunks that other replicas copy: of all at first, then of a few in turn."""
         if self._share.replicas == 1 or plan.chunks is None:
             return {}
@@ -493,7 +381,7 @@ class SnapshotEngine:
         if job.verify and not touched:
             for i, chunk in enumerate(chunks):
                 if copier.hash_chunk(chunk).to_bytes(8, "little") != digests[8 * i : 8 * i + 8]:
-                    touched += _tensors_of(job.plan, chunk, names)
+                    touched += job.plan.names_in(chunk)
         if touched:
             self._at_once.update(touched)
             self._plan = None
@@ -509,40 +397,6 @@ class SnapshotEngine:
             self._link.ask(m.Drop(job.tick), m.Done)
         except MnemoError as error:
             log.debug("generation %d could not be given up: %s", job.tick, error)
-
-
-def _stage_chunks(stage: Bytes) -> list[list[copier.Piece]]:
-    return [
-        [copier.Piece(0, min(CHUNK, len(stage) - i), stage[i : i + CHUNK])]
-        for i in range(0, len(stage), CHUNK)
-    ]
-
-
-def _view(tensor: torch.Tensor) -> Bytes | torch.Tensor:
-    if not is_dense(tensor):
-        tensor = tensor.contiguous()
-    view = byte_view(tensor)
-    return view if view.is_cuda else view.numpy()
-
-
-def _number(name: str, tensor: torch.Tensor, watch: tuple[str, ...]) -> str:
-    checked = {torch.float32: "float32", torch.float64: "float64"}
-    return checked.get(tensor.dtype, "") if watch and name.startswith(watch) else ""
-
-
-def _tensors_of(plan: _Plan, chunk: list[copier.Piece], names: list[str]) -> list[str]:
-    """Names of the tensors whose memory ``chunk`` was copied from."""
-    found = []
-    for piece in chunk:
-        for name, i in zip(names, plan.shared, strict=True):
-            source = plan.sources[i]
-            if (
-                isinstance(source, np.ndarray)
-                and isinstance(piece.source, np.ndarray)
-                and np.may_share_memory(piece.source, source)
-            ):
-                found.append(name)
-    return found
 
 
 def _populate(view: Bytes) -> None:

@@ -142,6 +142,7 @@ def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
     starts = [meta.tensors[i].offset for i in order]
     shared = meta.total - sources[0].shared_offset
     missing = sum(entry.nbytes for entry in meta.tensors)
+    covered: set[int] = set()
 
     def fill(source: Source, index: int, place: int) -> int:
         """Read chunk ``index`` of a source, which lies at ``place`` of our bulk space; check it."""
@@ -174,7 +175,9 @@ def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
                     place += sources[0].shared_offset
                 elif source is not sources[0]:
                     continue  # what only the other rank has
-                jobs.append((source, index, place))
+                if place not in covered:
+                    covered.add(place)
+                    jobs.append((source, index, place))
             share = -(-len(jobs) // _THREADS) or 1
             parts = [jobs[i : i + share] for i in range(0, len(jobs), share)]
             missing -= sum(pool.map(lambda part: sum(fill(*job) for job in part), parts))

@@ -1,0 +1,89 @@
+"""What a start says: one line for people, one record for the journal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mnemo.config import ResolvedConfig, Resume
+from mnemo.errors import MnemoError
+from mnemo.recovery.journal import Journal, read
+from mnemo.session import report
+from mnemo.session.identity import RunIdentity
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: ``origin`` is ``memory`` or ``storage``."""
+
+    origin: str
+    step: int
+    steps_lost: int
+    exact: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a fit, as rank 0 sees it."""
+
+    config: ResolvedConfig
+    identity: RunIdentity
+    fit: int
+    world_size: int
+
+    def fresh(self, journal: Journal) -> None:
+        """Nothing is resumed, and why."""
+        why = "a new id at each launch" if not self.identity.stable else "no earlier snapshot"
+        if self.config.run.resume is Resume.never:
+            why = "run.resume is never"
+        ranks = report.count(self.world_size, "rank")
+        report.say(f"run {self.identity.run_id} · fresh ({why}) · {ranks} · {self._frequency()}")
+        journal.write("start", resumed=False, why=why, **self._fields())
+
+    def resumed(self, journal: Journal, resumed: Resumed, *, since: float) -> None:
+        """State was found: who failed, from where, what it cost.
+
+        Args:
+            journal: Asked for the failure that led here.
+            resumed: What was found.
+            since: Unix seconds from which to count where no failure was recorded.
+        """
+        failure = _last_failure(journal)
+        took = time.time() - (failure["time"] if failure else since)
+        cause = "an earlier life ended"
+        if failure:
+            cause = f"rank {failure.get('rank')} {failure.get('cause')}"
+        exactness = "exact" if resumed.exact else "not exact"
+        extra = f" ({resumed.note})" if resumed.note else ""
+        report.say(
+            f"run {self.identity.run_id} · {cause} → resumed from {resumed.origin} at step "
+            f"{resumed.step}, {report.count(resumed.steps_lost, 'step')} lost, "
+            f"{report.seconds(took)}, {exactness}{extra}"
+        )
+        record = {**asdict(resumed), "seconds": took, **self._fields()}
+        rung = "snapshot" if resumed.origin == "memory" else "checkpoint"
+        journal.write("start", resumed=True, **record)
+        journal.write("recovery", cause=cause, rung=rung, **record)
+
+    def _fields(self) -> dict[str, Any]:
+        return {"run": self.identity.run_id, "fit": self.fit, "world_size": self.world_size}
+
+    def _frequency(self) -> str:
+        every = self.config.snapshot.every
+        if every is not None:
+            return f"a snapshot every {report.count(every, 'step')}"
+        return f"snapshots within {self.config.snapshot.overhead:.1%} of step time"
+
+
+def _last_failure(journal: Journal) -> dict[str, Any] | None:
+    """The newest failure in the journal that no start has followed."""
+    with contextlib.suppress(MnemoError, OSError):
+        for record in reversed(read(journal.path)):
+            if record.get("event") == "failure":
+                return dict(record)
+            if record.get("event") in ("start", "recovery", "end"):
+                return None
+    return None

@@ -1,0 +1,181 @@
+"""Which bytes of a state are copied when, and where to: made once, used at every snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from mnemo.smp.segment import CHUNK
+from mnemo.snapshot import copier, tree
+from mnemo.snapshot.layout import SMALL, Bytes, Layout, byte_view, is_dense, make_layout
+
+
+@dataclass
+class CopyPlan:
+    """A layout, views of the tensors it was made for, and the copies to be done."""
+
+    parts: list[tree.Part]
+    signature: list[tuple[Any, ...]]
+    names: list[str]
+    layout: Layout
+    own: list[int]
+    shared: list[int]
+    numbers: list[str]
+    pointers: list[int]
+    """``data_ptr`` of the tensors outside stable parts."""
+    loose: list[int]
+    """Tensors without one stretch of memory: their sources are copies, made anew each time."""
+    sources: list[Bytes | torch.Tensor]
+    stage: Bytes
+    chunks: list[list[copier.Piece]] | None = None
+    """The shared part, piece by piece; None after a tensor has moved."""
+    jobs: dict[int, tuple[copier.Job, copier.Job]] = field(default_factory=dict)
+    """By segment: how to fill its own and its shared part."""
+    witnessed: int = 0
+    at_once: list[tuple[Bytes, Bytes | torch.Tensor]] | None = None
+
+    def own_moves(self) -> list[tuple[Bytes, Bytes | torch.Tensor]]:
+        """The copies that are done at once, into ``stage``."""
+        if self.at_once is None:
+            places = [(self.layout.entries[i], self.sources[i]) for i in self.own]
+            self.at_once = [(self.stage[e.offset : e.offset + e.nbytes], s) for e, s in places]
+        return self.at_once
+
+    def fits(
+        self, taken: tree.TakenApart, signature: list[tuple[Any, ...]], pointers: list[int]
+    ) -> bool:
+        """Whether this plan is for these tensors; follows those that have moved."""
+        if (
+            self.signature != signature
+            or len(self.parts) != len(taken.parts)
+            or any(a is not b for a, b in zip(self.parts, taken.parts, strict=True))
+        ):
+            return False
+        if self.pointers != pointers:
+            lazy = set(self.shared)
+            moved = zip(taken.tensors, self.pointers, pointers, strict=True)
+            for i, ((_, tensor), old, new) in enumerate(moved):
+                if old != new:
+                    self.sources[i] = _view(tensor)
+                    self.at_once = None
+                    if i in lazy:
+                        self.chunks = None
+            self.pointers = pointers
+        return True
+
+    def look_again(self, tensors: tree.Named) -> None:
+        """Copy those tensors together that do not fill one stretch of memory."""
+        for i in self.loose:
+            self.sources[i] = _view(tensors[i][1])
+            self.at_once = None
+
+    def moves(
+        self, bulk: Bytes, inode: int, start: int, stop: int
+    ) -> tuple[list[list[copier.Piece]], tuple[copier.Job, copier.Job]]:
+        """This rank's chunks ``[start, stop)`` of the shared part, and how to fill a segment.
+
+        Args:
+            bulk: The segment's bulk.
+            inode: What the segment is known by.
+            start: First byte of the shared part, at a chunk's border.
+            stop: End.
+        """
+        base = self.layout.own_padded
+        if self.chunks is None:
+            self.jobs.clear()
+            self.chunks = copier.pieces_of(
+                self.layout, self.sources, base, self.layout.total, self.numbers
+            )
+        chunks = self.chunks[start // CHUNK : -(-stop // CHUNK)]
+        known = self.jobs.get(inode)
+        if known is None:
+            own = copier.plan_moves(bulk, _stage_chunks(self.stage))
+            known = self.jobs[inode] = own, copier.plan_moves(bulk[base:], chunks)
+        return chunks, known
+
+    def names_in(self, chunk: list[copier.Piece]) -> list[str]:
+        """Names of the shared tensors whose memory ``chunk`` is copied from."""
+        found = []
+        for piece in chunk:
+            for i in self.shared:
+                source = self.sources[i]
+                if (
+                    isinstance(source, np.ndarray)
+                    and isinstance(piece.source, np.ndarray)
+                    and np.may_share_memory(piece.source, source)
+                ):
+                    found.append(self.names[i])
+        return found
+
+
+def plan_for(
+    known: CopyPlan | None,
+    taken: tree.TakenApart,
+    volatile: Collection[int],
+    watch: tuple[str, ...],
+    at_once: Collection[str],
+) -> CopyPlan:
+    """The plan ``known`` if it is for the same tensors, else a new one.
+
+    Args:
+        known: The plan of the snapshot before.
+        taken: The state.
+        volatile: ``data_ptr`` of tensors that may change before the next update.
+        watch: Path prefixes of tensors that must be finite.
+        at_once: Paths of tensors that were seen to change.
+    """
+    pointers = [t.data_ptr() for _, t in taken.tensors]
+    signature = [
+        (name, t.dtype, t.shape, t.stride(), t.device, p in volatile)
+        for (name, t), p in zip(taken.tensors, pointers, strict=True)
+    ]
+    if known is not None and known.fits(taken, signature, pointers):
+        return known
+    tensors = taken.all_tensors()
+    loose = [i for i, (_, t) in enumerate(tensors) if not is_dense(t)]
+    dense = [(name, t if is_dense(t) else t.contiguous()) for name, t in tensors]
+    own = [
+        t.data_ptr() in volatile
+        or t.numel() * t.element_size() <= SMALL
+        or name in at_once
+        or not is_dense(t)
+        or t.is_inference()  # has no version, so a change would not be noticed
+        for name, t in tensors
+    ]
+    layout = make_layout(dense, own)
+    return CopyPlan(
+        parts=taken.parts,
+        signature=signature,
+        names=[name for name, _ in dense],
+        layout=layout,
+        own=[i for i, o in enumerate(own) if o],
+        shared=[i for i, o in enumerate(own) if not o],
+        numbers=[_number(name, t, watch) for name, t in dense],
+        pointers=pointers,
+        loose=loose,
+        sources=[_view(t) for _, t in dense],
+        stage=np.zeros(layout.own_padded, dtype=np.uint8),
+    )
+
+
+def _stage_chunks(stage: Bytes) -> list[list[copier.Piece]]:
+    return [
+        [copier.Piece(0, min(CHUNK, len(stage) - i), stage[i : i + CHUNK])]
+        for i in range(0, len(stage), CHUNK)
+    ]
+
+
+def _view(tensor: torch.Tensor) -> Bytes | torch.Tensor:
+    if not is_dense(tensor):
+        tensor = tensor.contiguous()
+    view = byte_view(tensor)
+    return view if view.is_cuda else view.numpy()
+
+
+def _number(name: str, tensor: torch.Tensor, watch: tuple[str, ...]) -> str:
+    checked = {torch.float32: "float32", torch.float64: "float64"}
+    return checked.get(tensor.dtype, "") if watch and name.startswith(watch) else ""
