@@ -30,9 +30,8 @@ class EventTail:
         self._flushed_at = time.monotonic()
 
     def attach(self) -> None:
-        """Follow the logger's present writer, in the process that has one."""
-        file_writer = getattr(self._logger.experiment, "file_writer", None)
-        writer = getattr(file_writer, "event_writer", None)
+        """Follow the logger's present writer."""
+        writer = getattr(self._logger.experiment._get_file_writer(), "event_writer", None)
         if writer is None or writer is self._writer:
             return
         self._writer = writer

@@ -27,7 +27,7 @@ class LoggerState(Protocol):
         ...
 
     def attach(self) -> None:
-        """The logger is as it will be during the fit."""
+        """In the rank that writes; the logger is as it will be during the fit."""
         ...
 
     def close(self, *, finished: bool) -> None:
@@ -89,7 +89,7 @@ class _Csv:
             "version": self._logger.version,
             "directory": str(self._logger.log_dir),
             "rows": self._rows,
-            "tail": [dict(row) for row in getattr(self._writer, "metrics", ())],
+            "tail": [] if self._writer is None else [dict(row) for row in self._writer.metrics],
         }
 
     def adopt(self, saved: dict[str, Any], *, writes: bool) -> None:
@@ -107,7 +107,7 @@ class _Csv:
 
     def attach(self) -> None:
         writer: Any = self._logger.experiment
-        if writer is self._writer or not hasattr(writer, "metrics_file_path"):
+        if writer is self._writer:
             return
         self._writer = writer
         save = writer.save

@@ -10,8 +10,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from lightning_mnemo.loggers import logger_states
 
-_UNSAVED = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation")
-"""What a `ModelCheckpoint` remembers but does not put into a checkpoint."""
+_UNSAVED = (
+    "_last_global_step_saved",
+    "_last_checkpoint_saved",
+    "_defer_save_until_validation",
+    "current_score",
+)
+"""What a `ModelCheckpoint` remembers but does not restore from a checkpoint."""
 
 
 class Outputs:
@@ -54,9 +59,9 @@ class Outputs:
             self._overwrite_repeated(callback)
 
     def attach(self) -> None:
-        """Training begins: follow what is written."""
+        """Training begins: follow what is written, in the rank that writes."""
         for logger in self._loggers:
-            if logger is not None:
+            if logger is not None and self._trainer.is_global_zero:
                 logger.attach()
 
     def show_epoch(self) -> None:

@@ -157,3 +157,30 @@ def test_checkpoints_of_a_resumed_run_are_lightnings_own(lab: Lab, tmp_path: Pat
     found = torch.load(tmp_path / "a" / "steps" / "step=12.ckpt", weights_only=False)
     assert found["global_step"] == 12
     assert not any("mnemo" in key.lower() for key in found["callbacks"])
+
+
+def test_a_second_fit_of_the_same_trainer_has_a_state_of_its_own(lab: Lab, tmp_path: Path) -> None:
+    lab.life("untouched", tmp_path / "alone", mnemo=False)
+    lives = lab.lives("untouched", tmp_path / "a", kill_at("forward:20"))
+    assert "resumed from memory at step 20" in lives[1].said
+    assert_same(tmp_path / "alone", tmp_path / "a")
+    assert max(steps(tmp_path / "a")) == 32
+
+
+@pytest.mark.parametrize("case", ["barebones", "fast_dev_run"])
+def test_bare_trainers(lab: Lab, tmp_path: Path, case: str) -> None:
+    life = lab.life(case, tmp_path / "a", run_id="run")
+    assert life.codes == [0], life.said
+    assert ("a snapshot every 1 step" in life.said) is (case == "barebones")
+
+
+def test_two_callbacks_are_one_too_many(lab: Lab, tmp_path: Path) -> None:
+    life = lab.life("twice", tmp_path / "a")
+    assert life.codes == [1]
+    assert "ConfigError: the Trainer has 2 MnemoCallbacks: give it one" in life.said
+
+
+def test_a_strategy_that_is_not_supported_is_named(lab: Lab, tmp_path: Path) -> None:
+    life = lab.life("sharded", tmp_path / "a")
+    assert life.codes == [1]
+    assert "MnemoCallback does not support ModelParallelStrategy: this version" in life.said

@@ -1,4 +1,4 @@
-"""The trainings that `lightning_lab` runs: one function each, what is special about it and no more."""
+"""The trainings that `lightning_lab` runs: one function each, with what is special about it."""
 
 from __future__ import annotations
 
@@ -455,11 +455,11 @@ class Shuffled(Sampler):
 
     def __iter__(self):
         order = self.numbers.permutation(self.count).tolist()
-        for start in range(0, self.count, 8):
+        for start in range(0, self.count - 7, 8):
             yield order[start : start + (8 if start % 16 else 6)]
 
     def __len__(self) -> int:
-        return -(-self.count // 8)
+        return self.count // 8
 
 
 def batch_sampler(out):
@@ -852,3 +852,39 @@ def wandb_offline(out):
 
     logger = WandbLogger(save_dir=out, offline=True)
     return Case(Net(), loader(), val(), {"logger": logger, "log_every_n_steps": 1})
+
+
+def untouched(out):
+    """Everything a Trainer does besides fitting, and a second fit of the same Trainer."""
+    model = Net()
+    model.test_step = model.validation_step
+
+    def after(trainer: pl.Trainer) -> None:
+        trainer.validate(model, val(), verbose=False)
+        trainer.test(model, val(), verbose=False)
+        trainer.fit_loop.max_epochs = 4
+        trainer.fit(model, loader(), val())
+
+    return Case(model, loader(), val(), after=after)
+
+
+def barebones(out):
+    options = {"logger": None, "enable_checkpointing": None, "enable_model_summary": None}
+    options |= {"barebones": True, "num_sanity_val_steps": None, "enable_progress_bar": None}
+    return Case(Net(), loader(), val(), options)
+
+
+def fast_dev_run(out):
+    return Case(Net(), loader(), val(), {"fast_dev_run": 3, "val_check_interval": 1.0})
+
+
+def twice(out):
+    from lightning_mnemo import MnemoCallback
+
+    return Case(Net(), loader(), val(), callbacks=[MnemoCallback()])
+
+
+def sharded(out):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return Case(Net(), loader(), val(), {"strategy": ModelParallelStrategy()})

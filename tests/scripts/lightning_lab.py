@@ -151,7 +151,7 @@ def child(request: dict[str, Any], rank: int) -> int:
         run(request)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - as the interpreter's own end
         traceback.print_exc()
         code = 1
     atexit._run_exitfuncs()

@@ -1,0 +1,138 @@
+"""Every way to start a Lightning training: killed, started again, the same in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning_client import assert_same, free_port, kill_at, rows
+
+from mnemo.faults import Declaration
+from mnemo.types import EXIT_STATE_SAVED
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+TRAIN = str(SCRIPTS / "lightning_train.py")
+MNEMO = [sys.executable, "-c", "from mnemo.cli import main; main()", "run"]
+
+
+def start(out: Path, *command: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """One start of ``command`` to its end."""
+    out.mkdir(exist_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out), "MNEMO_RUN_ID": "run"}
+    path = os.pathsep.join([str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        command,
+        env={**env, "PYTHONPATH": path, **environ},
+        cwd=out,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def final(out: Path, rank: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / f"final-{rank}.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks that nobody disturbs, without mnemo."""
+    out = tmp_path_factory.mktemp("alone")
+    ended = start(out, sys.executable, TRAIN, "--strategy=ddp", "--devices=2", PLAIN="1")
+    assert ended.returncode == 0, ended.stderr
+    return out
+
+
+def test_mnemo_run(alone: Path, tmp_path: Path) -> None:
+    """One command: killed once, asked to stop once, started again."""
+    out = tmp_path / "out"
+    faults = (*kill_at("forward:2", rank=1), *kill_at("step:5", rank=0, kind="sigterm"))
+    declared = Declaration(faults, str(tmp_path / "fired"))
+    command = [*MNEMO, "--nproc-per-node=2", TRAIN, "--strategy=ddp", "--devices=2"]
+    ended = start(out, *command, **declared.environ())
+    assert ended.returncode == EXIT_STATE_SAVED, ended.stderr
+    assert "rank 1 killed by SIGKILL" in ended.stderr
+    assert "resumed from memory at step 2, 0 steps lost" in ended.stdout + ended.stderr
+    ended = start(out, *command, **declared.environ())
+    assert ended.returncode == 0, ended.stderr
+    assert ", 0 steps lost" in ended.stdout + ended.stderr
+    declared.assert_fired()
+    assert_same(alone, out, ranks=2)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp",
+        pytest.param("ddp_fork", marks=pytest.mark.campaign),
+        pytest.param("ddp_spawn", marks=pytest.mark.campaign),
+    ],
+)
+def test_lightnings_own_launchers(alone: Path, tmp_path: Path, strategy: str) -> None:
+    out = tmp_path / "out"
+    declared = Declaration(kill_at("forward:3"), str(tmp_path / "fired"))
+    command = [sys.executable, TRAIN, f"--strategy={strategy}", "--devices=2"]
+    ended = start(out, *command, **declared.environ())
+    assert ended.returncode != 0
+    ended = start(out, *command, **declared.environ())
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed from memory at step" in ended.stderr
+    assert "replacing a single rank is off: needs mnemo run" in ended.stderr
+    if strategy == "ddp":
+        assert_same(alone, out, ranks=2)
+        return
+    assert "cannot tell a script's fits apart" in ended.stderr
+    assert final(out)["parameters"] == final(alone)["parameters"]
+
+
+@pytest.mark.campaign
+def test_torchrun(alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    declared = Declaration(kill_at("backward:3", rank=1), str(tmp_path / "fired"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", f"--master-port={free_port()}", TRAIN]
+    ended = start(out, *command, "--strategy=ddp", "--devices=2", **declared.environ())
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed from memory at step" in ended.stderr
+    assert_same(alone, out, ranks=2)
+
+
+CLI = """
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  callbacks:
+    - class_path: lightning_mnemo.MnemoCallback
+      init_args: {config: mnemo.yaml}
+"""
+
+
+def test_lightning_cli(tmp_path: Path) -> None:
+    """The callback by its class path; what the CLI saved of its own arguments is no obstacle."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "cli.yaml").write_text(CLI)
+    (out / "mnemo.yaml").write_text("snapshot: {every: 1}\n")
+    declared = Declaration(kill_at("forward:11"), str(tmp_path / "fired"))
+    command = [sys.executable, str(SCRIPTS / "lightning_cli.py"), "fit", "--config=cli.yaml"]
+    ended = start(out, *command, **declared.environ())
+    assert ended.returncode == -9, ended.stderr
+    assert (out / "config.yaml").exists()
+    ended = start(out, *command, **declared.environ())
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed from memory at step 11, 0 steps lost" in ended.stderr
+    assert final(out)["step"] == 16
+
+
+def test_the_scripts_rows_are_complete(alone: Path) -> None:
+    assert {key[1] for key in rows(alone, 1)} == {"batch", "final"}

@@ -1,0 +1,56 @@
+"""Trainers that cannot be protected are told so, and told what can."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+from lightning_mnemo import MnemoCallback
+from lightning_mnemo.checks import require_supported, what_is_off
+from mnemo.errors import ConfigError
+
+
+class Pretends(pl.Trainer):
+    """A Trainer with any strategy, also such as this machine could not run."""
+
+    def __init__(self, strategy: object) -> None:
+        self.callbacks: list[pl.Callback] = [MnemoCallback()]
+        self._accelerator_connector = SimpleNamespace(strategy=strategy)
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_sharding_strategies(kind: type) -> None:
+    """DeepSpeed's is a kind of DDP to Lightning, but shards."""
+    trainer = Pretends(kind.__new__(kind))
+    with pytest.raises(ConfigError, match=rf"does not support {kind.__name__}: .*strategy='ddp'"):
+        require_supported(trainer, MnemoCallback)
+
+
+def test_the_other_package_of_the_same_code() -> None:
+    other = pytest.importorskip("pytorch_lightning")
+    trainer = other.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    words = "this Trainer is pytorch_lightning.*write 'import lightning.pytorch as pl'"
+    with pytest.raises(ConfigError, match=words):
+        MnemoCallback().setup(trainer, None, "fit")  # type: ignore[arg-type]
+
+
+def test_what_is_off_depends_on_who_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Pretends(SimpleNamespace(launcher=None))
+    assert what_is_off(trainer)[0].startswith("replacing a single rank is off: needs mnemo run")
+    monkeypatch.setenv("MNEMO_AGENT", "1")
+    [line] = what_is_off(trainer)
+    assert "mnemo run" not in line
+
+
+def test_wrong_settings_are_told_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"snapshot\.overhed"):
+        MnemoCallback(snapshot={"overhed": "1%"})
