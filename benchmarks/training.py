@@ -101,4 +101,8 @@ class Protected:
     def close(self) -> None:
         """Give everything back."""
         self.keeper.close(finished=True)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Remove the directory, of a snapshot process that has ended already."""
         shutil.rmtree(self._directory, ignore_errors=True)

@@ -442,7 +442,6 @@ class Keeper:
                 rank=self.place.rank,
                 finished=finished,
                 counters={k: round(v, 6) for k, v in vars(counters).items()},
-                storage_bytes_on_step_path=0,
             )
         self._link.leave(finished=finished)
 
