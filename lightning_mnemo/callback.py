@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_mnemo import loops
 from lightning_mnemo.attributes import AttributeWatch
-from lightning_mnemo.checks import optimizers_differ, require_supported, what_is_off
+from lightning_mnemo.checks import optimizers_differ, require_supported, what_is_off, writes_early
 from lightning_mnemo.data import DataPosition
 from lightning_mnemo.extras import Extras
 from lightning_mnemo.identity import fingerprints
@@ -99,6 +99,8 @@ class MnemoCallback(pl.Callback):
         hooks.around(loop, "on_advance_end", self._around_epoch_end)
         hooks.around(loop.epoch_loop, "on_run_start", self._around_run_start)
         hooks.around(loop.epoch_loop, "on_advance_end", self._batch_done)
+        if writes_early(trainer):
+            hooks.around(loop.epoch_loop, "advance", self._around_advance)
         hooks.around(trainer._checkpoint_connector, "resume_start", self._around_resume_start)
 
     def _around_process_dataloader(
@@ -127,6 +129,13 @@ class MnemoCallback(pl.Callback):
             self._data.begin_epoch()
         original(fetcher)
         self._go_on(trainer, fetcher)
+
+    def _around_advance(
+        self, trainer: pl.Trainer, original: Callable[[Any], None], fetcher: Any
+    ) -> None:
+        if self._keeper is not None:
+            self._keeper.before_update()
+        original(fetcher)
 
     def _around_resume_start(
         self,

@@ -7,6 +7,7 @@ import os
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mnemo.errors import ConfigError, ModelChangedError
 
@@ -40,6 +41,23 @@ def require_supported(trainer: object, callback: type[pl.Callback]) -> None:
             "single device (strategy='auto') and data-parallel training (strategy='ddp'). "
             "Choose one of these, or train without the callback"
         )
+
+
+def writes_early(trainer: pl.Trainer) -> bool:
+    """Whether the user's code runs before a batch, where it may write weights through ``.data``.
+
+    Nothing else would notice that a snapshot's copy is still under way then.
+    """
+    hook = "on_train_batch_start"
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    users = [
+        c
+        for c in callbacks
+        if not type(c).__module__.startswith(("lightning.", "lightning_mnemo."))
+    ]
+    return is_overridden(hook, trainer.lightning_module) or any(
+        getattr(type(c), hook) is not getattr(pl.Callback, hook) for c in users
+    )
 
 
 def what_is_off(trainer: pl.Trainer) -> list[str]:

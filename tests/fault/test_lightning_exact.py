@@ -29,7 +29,7 @@ OPTIMIZATION_MORE: dict[str, tuple[str, ...]] = {
     "epoch_scheduler": ("validation:8", "backward:9"),
     "lbfgs": ("update:2", "between:4", "mid_copy:5"),
     "bf16": ("backward:3", "mid_copy:6"),
-    "manual_raw": ("forward:0",),
+    "manual_raw": ("validation:0",),
     "none_loss": ("between:2", "forward:5"),
     "skip_epoch": ("forward:10", "between:14"),
     "every_second_epoch": ("forward:3", "validation:10", "mid_copy:12"),
@@ -58,6 +58,7 @@ WRITERS = {
     "ema": ("forward:3", "validation:12", "mid_copy:13"),
     "swa": ("forward:3", "forward:11", "validation:20", "forward:25", "mid_copy:30"),
     "sam": ("backward:3", "mid_copy:7", "forward:9"),
+    "early_writer": ("forward:3", "backward:9"),
     "clipping": ("forward:3", "mid_copy:9", "forward:17"),
 }
 WRITERS_MORE = {"averaging": ("forward:3", "validation:12", "mid_copy:13", "forward:17")}
@@ -149,7 +150,7 @@ def test_a_snapshot_now_and_then_repeats_the_same_steps(lab: Lab, tmp_path: Path
     assert_same(tmp_path / "alone", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("case", ["plain", pytest.param("gan", marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("case", ["plain", pytest.param("metrics", marks=pytest.mark.campaign)])
 def test_two_ranks(lab: Lab, tmp_path: Path, case: str) -> None:
     """A distributed sampler, buckets, and metrics that are reduced."""
     assert lab.life(case, tmp_path / "alone", mnemo=False, ranks=2).codes == [0, 0]

@@ -24,6 +24,7 @@ def start(out: Path, *command: str, **environ: str) -> subprocess.CompletedProce
     """One start of ``command`` to its end."""
     out.mkdir(exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out), "MNEMO_RUN_ID": "run"}
+    env["TMPDIR"] = str(out)  # torch's launchers leave files behind when a rank is killed
     path = os.pathsep.join([str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         command,
@@ -97,7 +98,8 @@ def test_torchrun(alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     declared = Declaration(kill_at("backward:3", rank=1), str(tmp_path / "fired"))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--max-restarts=1", f"--master-port={free_port()}", TRAIN]
+    command += ["--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=x"]
+    command += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", TRAIN]
     ended = start(out, *command, "--strategy=ddp", "--devices=2", **declared.environ())
     assert ended.returncode == 0, ended.stderr
     assert "resumed from memory at step" in ended.stderr

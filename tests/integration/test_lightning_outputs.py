@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,8 @@ def test_bars_show_where_the_run_is(lab: Lab, tmp_path: Path, case: str) -> None
     assert after[-1][1] == "8"
 
 
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 def test_weights_and_biases_goes_on_under_the_same_id(lab: Lab, tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
     out = tmp_path / "a"
     environ = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TMPDIR": str(tmp_path)}
     lab.lives("wandb_offline", out, kill_at("forward:5"), **environ)

@@ -710,6 +710,22 @@ def clipping(out):
     return Case(Net(), loader(), val(), {"max_epochs": 3}, [Clips()])
 
 
+def early_writer(out):
+    """Writes through ``.data`` while a copy could still be under way, which leaves no trace."""
+
+    class Decays(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[0] = nn.Linear(WIDTH, 1 << 15)
+            self.net[1:] = nn.Sequential(nn.ReLU(), nn.Linear(1 << 15, 1))
+
+        def on_train_batch_start(self, batch, batch_idx):
+            for parameter in self.parameters():
+                parameter.data.mul_(0.99)
+
+    return Case(Decays(), loader(), val())
+
+
 # --- outputs ----------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Recorder(pl.Callback):
         )
 
     def on_validation_end(self, trainer, pl_module):
-        if not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write(trainer, "validation")
 
     def on_train_epoch_end(self, trainer, pl_module):
@@ -145,6 +146,7 @@ def child(request: dict[str, Any], rank: int) -> int:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(fd, number)
         os.close(fd)
+    tempfile.tempdir = None
     faults.arm(os.environ)
     code = 0
     try:
