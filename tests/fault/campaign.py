@@ -26,6 +26,7 @@ def train(
     """One run of two ranks under ``mnemo run``, restarted as often as it is killed."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", **(declared.environ() if declared else {})}
     words = ["--nproc-per-node=2", "--max-restarts=1000", str(SCRIPT), "--ranks=2", f"--out={out}"]
+    words += ["--width=4096"]  # large enough that either rank has chunks to copy
     command = [sys.executable, "-c", "from mnemo.cli import main; main()", "run", *words, *flags]
     log = out.with_suffix(".log")
     with log.open("wb") as sink:

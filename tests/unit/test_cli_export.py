@@ -26,13 +26,26 @@ class Tied(nn.Module):
         self.register_buffer("void", torch.zeros(0))
 
 
+EMPTY: dict[str, Any] = {"parameters": {}, "rest": {}}
+
+
+def module_state_of(model: nn.Module) -> dict[str, Any]:
+    """As a snapshot gives it back."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = model.state_dict()
+    return {
+        "parameters": {k: v for k, v in state.items() if k in parameters},
+        "rest": {k: v for k, v in state.items() if k not in parameters},
+    }
+
+
 def generation(state: dict[str, Any]) -> Generation:
     return Generation(tick=8, step=4, origin="memory", state={"state": state, "rng": {"torch": 1}})
 
 
 def test_safetensors_holds_tied_weights_once(tmp_path: Path) -> None:
     model, out = Tied(), tmp_path / "model.safetensors"
-    assert write_safetensors(generation({"model": model.state_dict()}), out) == []
+    assert write_safetensors(generation({"model": module_state_of(model)}), out) == []
     assert load_file(out).keys() == {"encode.weight", "turned", "empty", "void"}
     with safe_open(out, "pt") as file:
         assert file.metadata() == {"format": "pt", "step": "4", "decode.weight": "encode.weight"}
@@ -50,7 +63,7 @@ def test_safetensors_names_what_it_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_the_whole_state_for_torch(tmp_path: Path) -> None:
-    state = {"model": {"w": torch.ones(2)}, "position": {"step": 4}}
+    state = {"model": {"parameters": {"w": torch.ones(2)}, "rest": {}}, "position": {"step": 4}}
     write_session(generation(state), tmp_path / "all.pt")
     read = torch.load(tmp_path / "all.pt", weights_only=True)
     assert read.keys() == {"model", "position", "rng"}
@@ -70,9 +83,9 @@ def test_a_file_that_cannot_be_completed_replaces_nothing(tmp_path: Path) -> Non
     out.write_text("before")
     tmp_path.joinpath("dir.pt").mkdir()
     with pytest.raises(ConfigError, match="cannot be written"):
-        write_session(generation({"model": {}}), tmp_path / "dir.pt")
+        write_session(generation({"model": EMPTY}), tmp_path / "dir.pt")
     with pytest.raises(TypeError):  # a generator cannot be pickled
-        write_session(generation({"model": (n for n in range(3))}), out)
+        write_session(generation({"model": EMPTY, "more": (n for n in range(3))}), out)
     assert out.read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.pt", "dir.pt"]
 

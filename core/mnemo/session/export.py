@@ -15,6 +15,7 @@ from mnemo.errors import ConfigError, IntegrityError, MissingExtraError, MnemoEr
 from mnemo.session.sources import NOTHING, read_sources
 from mnemo.smp import messages as m
 from mnemo.smp.client import SmpClient
+from mnemo.snapshot.listing import join_module_state
 from mnemo.snapshot.restore import Source, read_state
 from mnemo.storage import CheckpointStore
 from mnemo.transport.local import close_all
@@ -123,7 +124,8 @@ def write_session(generation: Generation, out: Path) -> None:
             "this was a Lightning run: use --format ckpt for all of its state, or "
             "--format safetensors for the model"
         )
-    _replace(out, lambda draft: torch.save({**state, "rng": generation.state["rng"]}, draft))
+    whole = {**state, "model": join_module_state(state["model"]), "rng": generation.state["rng"]}
+    _replace(out, lambda draft: torch.save(whole, draft))
 
 
 def write_safetensors(generation: Generation, out: Path) -> list[str]:
@@ -147,7 +149,9 @@ def write_safetensors(generation: Generation, out: Path) -> list[str]:
         ) from error
     state = generation.state["state"]
     model: Mapping[str, Any] = (
-        state["checkpoint"]["state_dict"] if "checkpoint" in state else state["model"]
+        state["checkpoint"]["state_dict"]
+        if "checkpoint" in state
+        else join_module_state(state["model"])
     )
     kept: dict[tuple[object, ...], str] = {}
     tensors: dict[str, torch.Tensor] = {}

@@ -73,6 +73,8 @@ class Restored:
     """What tensors the snapshot holds."""
     fingerprints: dict[str, str]
     """Those given to `Keeper.begin` when it was taken."""
+    base: int
+    """Boundaries that counted as done before the run was begun anew."""
 
 
 class Keeper:
@@ -124,7 +126,7 @@ class Keeper:
         self._captured_last = False
         self._stopping = False
         self._base = 0
-        """Boundaries that count as done before a fresh start."""
+        """Boundaries that count as done before the run was begun anew."""
         self._captured_tick = NOTHING
         self._first_loss: torch.Tensor | None = None
         self._reached = max((p["step"] for p in self._link.board.positions()), default=0)
@@ -165,6 +167,7 @@ class Keeper:
             found.origin,
             found.entries,
             found.identity,
+            found.state["base"],
         )
 
     def accept(
@@ -183,6 +186,7 @@ class Keeper:
         paths = ["state." + prefix for prefix in prefixes]
         require_same_model(restored.entries, model, paths, self.identity.run_id, restored.step)
         self._link.ask(m.Resume(restored.tick if restored.origin == "memory" else NOTHING), m.Done)
+        self._base = restored.base
         self._lead(restored.tick // 2)
         self._then = restored.fingerprints
 
@@ -320,7 +324,7 @@ class Keeper:
                 self._engine.capture(
                     position.tick,
                     position.step,
-                    {"rng": capture_rng(), "state": state()},
+                    {"rng": capture_rng(), "base": self._base, "state": state()},
                     {"step": position.step, "epoch": position.epoch, "batch": position.batch},
                     volatile=volatile(),
                     watch=tuple("state." + w for w in watch),

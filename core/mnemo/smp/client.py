@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import select
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
+import psutil
 
 from mnemo import errors
 from mnemo.errors import MnemoError, ProtocolError, SmpError
@@ -113,13 +112,12 @@ class SmpClient:
     def wait_for_end(self, timeout_s: float = 10.0) -> bool:
         """Wait until the SMP has ended, after it was asked to; False if it takes longer."""
         try:
-            pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
+            psutil.Process(self.pid).wait(timeout_s)
+        except psutil.TimeoutExpired:
+            return False
+        except psutil.NoSuchProcess:
             return True
-        try:
-            return bool(select.select([pidfd], [], [], timeout_s)[0])
-        finally:
-            os.close(pidfd)
+        return True
 
     def close(self) -> None:
         """Close the connection."""

@@ -101,7 +101,7 @@ class Shelf:
         surplus = [i for i in free if shelf.slots[i].size != size]
         fitting = [i for i in free if shelf.slots[i].size == size]
         if fitting:
-            return fitting[0], surplus, False
+            return min(fitting, key=lambda i: shelf.slots[i].tick), surplus, False
         kept = len(shelf.slots) - len(surplus)
         pinned = any(slot.pins for slot in shelf.slots.values())
         return None, surplus, kept < self.BUFFERS + pinned
@@ -113,7 +113,8 @@ class Shelf:
         if excess <= 0 or any(slot.pins for slot in shelf.slots.values()):
             return []
         committed = self.committed()
-        return [i for i, s in shelf.slots.items() if self._is_free(s, committed)][:excess]
+        free = [i for i, s in shelf.slots.items() if self._is_free(s, committed)]
+        return sorted(free, key=lambda i: shelf.slots[i].tick)[:excess]  # the oldest go
 
     def add(self, rank: int, size: int) -> int:
         """Register a new empty segment."""
