@@ -83,11 +83,11 @@ def test_survival_domain(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     domain = memory.survival_domain()
-    assert domain["trainer killed"] is True
-    assert domain["launcher's step ends"] is ends
+    assert domain["the trainer's death"] is True
+    assert domain["the launcher's end"] is ends
     if not Path("/.dockerenv").exists():
-        assert domain["container restarts"] is container
-    assert isinstance(domain["out of memory in the group"], bool)
+        assert domain["the container's restart"] is container
+    assert isinstance(domain["an out-of-memory kill"], bool)
 
 
 def test_a_trainer_is_a_likelier_victim_than_the_snapshot_process() -> None:

@@ -26,7 +26,7 @@ from mnemo.session.sources import NOTHING, Candidate, MemorySource, StorageSourc
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
 from mnemo.smp.link import Link
-from mnemo.smp.memory import survival_domain
+from mnemo.smp.memory import memory_limit, survival_domain
 from mnemo.smp.paths import RunPaths
 from mnemo.smp.persist import store_id
 from mnemo.smp.segment import TensorEntry
@@ -116,7 +116,7 @@ class Keeper:
         self._persist = persist
         join = m.Join(fit, place.rank, place.members, config.snapshot.keep_alive, persist)
         self._link = Link(
-            self.paths, join, on_loss=lambda words: self._event("smp replaced", words)
+            self.paths, join, on_loss=lambda words: self.degraded("smp replaced", words)
         )
         faults.identify(rank=place.rank, smp_pid=self._link.smp_pid)
         self._secret = auth.load_or_create_secret(self.paths.secret)
@@ -254,7 +254,7 @@ class Keeper:
             identity=fingerprints,
             drop_on_overrun=self.config.snapshot.overrun is Overrun.drop,
             verify=self.config.snapshot.verify,
-            on_event=self._event,
+            on_event=self.degraded,
         )
         self._share = share
 
@@ -266,11 +266,13 @@ class Keeper:
         """
         self._link.ask(m.Reserve(size // self._share.replicas, 3 if self._persist else 2), m.Done)
         if self.place.rank == 0:
-            domain = [what for what, survives in survival_domain().items() if survives]
+            survived = [what for what, survives in survival_domain().items() if survives]
             total = 2 * size // self._share.replicas * self.place.members
+            limit = memory_limit()
             report.say(
-                f"{report.gib(total)} of host memory for snapshots on this node"
-                f" · they outlive: {', '.join(domain)}"
+                f"{report.size(total)} of {report.size(limit.total)} {limit.bound} memory for "
+                f"snapshots · survives {', '.join(survived)} · not the loss of the node"
+                + (f": {self._persist.url} does" if self._persist else " (persist.to is not set)")
             )
 
     def _lead(self, boundary: int) -> None:
@@ -362,7 +364,7 @@ class Keeper:
     def _is_clean(self, loss: torch.Tensor | None) -> bool:
         """Whether nothing speaks against the state; voids the last snapshot where its loss does."""
         if self._first_loss is not None and not _is_finite(self._first_loss):
-            self._event(
+            self.degraded(
                 "suspect", f"the first loss after snapshot {self._captured_tick // 2} is not finite"
             )
             with contextlib.suppress(SmpError):
@@ -374,7 +376,7 @@ class Keeper:
     def _skip_suspect(self, position: Position) -> None:
         if self._engine is not None:
             self._engine.counters.suspect += 1
-        self._event(
+        self.degraded(
             "suspect", f"step {position.step} has a non-finite loss: the snapshot before it is kept"
         )
         with contextlib.suppress(SmpError):
@@ -387,7 +389,7 @@ class Keeper:
             yield
         except Exception as error:
             log.exception("the snapshot of step %d could not be taken", step)
-            self._event("snapshot failed", f"step {step}: {type(error).__name__}: {error}")
+            self.degraded("snapshot failed", f"step {step}: {type(error).__name__}: {error}")
 
     def before_update(self) -> float:
         """Parameters are about to change: wait for the copy that is under way. Seconds waited."""
@@ -426,7 +428,7 @@ class Keeper:
         try:
             done, _ = self._link.ask(m.Flush(), m.Flushed, timeout_s=timeout_s)
         except MnemoError as error:
-            self._event("persist failed", str(error))
+            self.degraded("persist failed", str(error))
             return None
         return done.step if done.step >= 0 else None
 
@@ -449,7 +451,7 @@ class Keeper:
             )
         self._link.leave(finished=finished)
 
-    def _event(self, kind: str, words: str) -> None:
+    def degraded(self, kind: str, words: str) -> None:
         """A degradation: logged and recorded; training goes on."""
         log.warning("%s: %s", kind, words)
         self.journal.write(

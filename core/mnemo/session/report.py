@@ -10,9 +10,12 @@ def say(text: str) -> None:
     print(f"mnemo: {text}", file=sys.stderr, flush=True)
 
 
-def gib(size: float) -> str:
-    """A size in words."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+def size(number: float) -> str:
+    """Bytes in words, in the largest unit of which there is one."""
+    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if number >= 2**exponent:
+            return f"{number / 2**exponent:.1f} {unit}"
+    return f"{number:.0f} bytes"
 
 
 def seconds(value: float) -> str:

@@ -12,11 +12,11 @@ import torch
 from mnemo.config import load_config
 from mnemo.session.identity import data_fingerprint, optimizer_fingerprint, script_fingerprint
 from mnemo.session.keeper import Keeper
-from mnemo.session.loader import ReplaySampler, draws_in_workers, fast_forward, make_replayable
+from mnemo.session.passes import LoaderPosition
 from mnemo.session.place import current_place, next_fit, shared_identity
+from mnemo.session.stop import leave, on_sigterm
 from mnemo.smp.board import Position
 from mnemo.snapshot.listing import MODULE_PARTS, join_module_state, module_state, optimizer_state
-from mnemo.snapshot.rng import restore_rng
 
 
 class Session:
@@ -62,10 +62,12 @@ class Session:
         self._scheduler = scheduler
         self._objects = dict(objects or {})
         self._keeper: Keeper | None = None
-        self._replay: ReplaySampler | None = None
+        self._data: LoaderPosition | None = None
         self._step = 0
         self._epoch = 0
-        self._batch = 0
+        self._commits = 0
+        self._stepped: tuple[torch.Tensor | None] | None = None
+        """The loss of a step whose batch is not through yet."""
 
     @property
     def steps_done(self) -> int:
@@ -80,51 +82,49 @@ class Session:
     def batches(self, loader: Iterable[Any], epochs: int = 1) -> Iterator[Any]:
         """Yield the batches of ``epochs`` passes, from where the last life ended.
 
+        A step is committed when the next batch is asked for, so that a resume goes on with all
+        that the loop's body did: a moving average, an evaluation, its random numbers.
+
         When the last one is through, the session is finished and its memory given back. Leaving
-        the loop early, by ``break`` or an exception, keeps the state for a resume.
+        the loop early, by ``break`` or an exception, keeps the state for a resume, which does the
+        batch again that the loop was left in. At SIGTERM the step is finished and the process
+        exits with 75, unless the program handles that signal itself.
 
         Raises:
             ModelChangedError: The snapshot belongs to another model.
             NothingToResumeError: See ``run.resume``.
         """
-        seed = torch.initial_seed() % 2**63 if self._config.run.seed_samples else None
-        self._replay = make_replayable(loader, seed=seed)
-        position, rng = self._open(loader)
+        data = self._data = LoaderPosition(loader, seed_samples=self._config.run.seed_samples)
         finished = False
         try:
-            for epoch in range(self._epoch, epochs):
-                self._epoch = epoch
-                yield from self._one_pass(loader, position, rng)
-                position, rng = None, None
-                self._batch = 0
+            rng = self._open(loader, data)
+            assert self._keeper is not None
+            with on_sigterm(self._keeper.request_stop):
+                for epoch in range(self._epoch, epochs):
+                    self._epoch = epoch
+                    for batch in data.one_pass(epoch, rng):
+                        yield batch
+                        self._commit()
+                    rng = None
             finished = True
         finally:
             self._close(finished=finished)
 
     def step(self, loss: torch.Tensor | None = None) -> None:
-        """Update the parameters and commit: optimizer, scheduler, then gradients to None.
+        """Update the parameters: optimizer, scheduler, then gradients to None.
 
         Args:
             loss: This step's loss, if it should be watched: no snapshot is taken of a step whose
                 loss is not finite.
         """
-        keeper = self._keeper
-        if keeper is not None:
-            keeper.before_update()
+        if self._keeper is not None:
+            self._keeper.before_update()
         self._optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
-        if keeper is not None:
-            position = Position(2 * self._step, self._step, self._epoch, self._batch, time.time())
-            keeper.boundary(
-                position,
-                self._state,
-                volatile=self._volatile,
-                watch=("model",),
-                loss=None if loss is None else loss.detach(),
-            )
+        self._stepped = (None if loss is None else loss.detach(),)
 
     @property
     def keeper(self) -> Keeper | None:
@@ -133,7 +133,8 @@ class Session:
 
     # ------------------------------------------------------------------------------------------
 
-    def _open(self, loader: Iterable[Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    def _open(self, loader: Iterable[Any], data: LoaderPosition) -> dict[str, Any] | None:
+        """Restore, or begin anew; the state of the random generators to go on with, if any."""
         replicas = isinstance(self._model, torch.nn.parallel.DistributedDataParallel)
         device = next((p.device for p in self._model.parameters()), None)
         place = current_place(replicas=replicas, device=device)
@@ -154,50 +155,32 @@ class Session:
                 }
             )
             if restored is None:
+                data.prepare(None, keeper.degraded)
                 keeper.announce(None)
                 keeper.reserve(self._expected_size())
-                self._keeper = keeper
-                return None, None
-            self._load(restored.state)
+            else:
+                self._load(restored.state)
+                data.prepare(restored.state["position"]["data"], keeper.degraded)
+                keeper.announce(restored, exact=not data.note, note=data.note)
         except BaseException:
             keeper.close(finished=False)
             raise
-        exact = self._replay is not None and (
-            not draws_in_workers(loader) or self._config.run.seed_samples
-        )
-        note = (
-            ""
-            if exact
-            else "the order of batches is exact; random numbers drawn in loader workers are not"
-        )
-        keeper.announce(restored, exact=exact, note=note)
         self._keeper = keeper
-        return restored.state["position"], restored.rng
+        return None if restored is None else restored.rng
 
-    def _one_pass(
-        self, loader: Iterable[Any], position: dict[str, Any] | None, rng: dict[str, Any] | None
-    ) -> Iterator[Any]:
-        samplers = [getattr(loader, "sampler", None), getattr(self._replay, "inner", None)]
-        samplers += [getattr(sampler, "sampler", None) for sampler in samplers]
-        for sampler in samplers:
-            set_epoch = getattr(sampler, "set_epoch", None)
-            if callable(set_epoch):
-                set_epoch(self._epoch)
-        if self._replay is not None:
-            if position is None:
-                self._replay.end_pass()
-            else:
-                self._replay.resume(position["replay"])
-        iterator = iter(loader)
-        if position is not None:
-            if self._replay is None:
-                fast_forward(iterator, position["batch"])
-            self._batch = position["batch"]
-        if rng is not None:
-            restore_rng(rng)
-        for batch in iterator:
-            self._batch += 1
-            yield batch
+    def _commit(self) -> None:
+        """The body of the loop is through: the step that it made, if any, is done."""
+        stepped, self._stepped = self._stepped, None
+        keeper, data = self._keeper, self._data
+        if stepped is None or keeper is None or data is None:
+            return
+        self._commits += 1
+        position = Position(2 * self._commits, self._step, self._epoch, data.batch, time.time())
+        keeper.boundary(
+            position, self._state, volatile=self._volatile, watch=("model",), loss=stepped[0]
+        )
+        if keeper.stopping:
+            leave(keeper, self._step)
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -207,8 +190,8 @@ class Session:
             "position": {
                 "step": self._step,
                 "epoch": self._epoch,
-                "batch": self._batch,
-                "replay": self._replay.state(self._batch) if self._replay is not None else None,
+                "commits": self._commits,
+                "data": self._data.state() if self._data is not None else None,
             },
         }
         if self._scheduler is not None:
@@ -225,6 +208,7 @@ class Session:
                 thing.load_state_dict(state["objects"][name])
         position = state["position"]
         self._step, self._epoch = position["step"], position["epoch"]
+        self._commits = position["commits"]
 
     def _volatile(self) -> set[int]:
         return {b.data_ptr() for b in self._model.buffers()}

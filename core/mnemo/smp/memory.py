@@ -95,10 +95,10 @@ def survival_domain() -> dict[str, bool | None]:
     slurm = "SLURM_JOB_ID" in os.environ
     contained = Path("/.dockerenv").exists() or "KUBERNETES_SERVICE_HOST" in os.environ
     return {
-        "trainer killed": True,
-        "launcher's step ends": None if slurm else True,
-        "container restarts": False if contained else None,
-        "out of memory in the group": not _oom_kills_group(),
+        "the trainer's death": True,
+        "the launcher's end": None if slurm else True,
+        "the container's restart": False if contained else None,
+        "an out-of-memory kill": not _oom_kills_group(),
     }
 
 
