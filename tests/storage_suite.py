@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import numpy as np
 import pytest
+
 from mnemo.errors import IntegrityError, StorageError
 from mnemo.storage import Checkpoint, CheckpointStore, WriteCancelledError
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
+
 from mnemo.cli import main
 from mnemo.cli.config import app
 from mnemo.config import load_config, settings
-from typer.testing import CliRunner
 
 FILE = 'run: {name: gpt, id: "042"}\npersist: {to: "s3://b/x: y # z", every: 1h30m}\n'
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from mnemo.config import ResolvedConfig, Resume, load_config, overrides_to_environ
 from mnemo.errors import ConfigError
 

@@ -11,6 +11,8 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
 from mnemo.config import (
     MnemoConfig,
     Overrun,
@@ -20,7 +22,6 @@ from mnemo.config import (
     load_config,
     settings,
 )
-from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 

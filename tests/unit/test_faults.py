@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
 from mnemo import faults
 from mnemo.errors import ConfigError, FaultNotFiredError
 from mnemo.faults import Declaration, Fault, Hook

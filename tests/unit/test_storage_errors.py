@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from storage_suite import Place, content, read, source, steps, write
+
 from mnemo.errors import ConfigError, StorageError
 from mnemo.storage import CheckpointStore
-from storage_suite import Place, content, read, source, steps, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

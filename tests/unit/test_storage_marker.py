@@ -7,6 +7,7 @@ import json
 import msgspec
 import pytest
 import xxhash
+
 from mnemo.errors import IntegrityError
 from mnemo.storage import Checkpoint, Part
 from mnemo.storage._marker import decode_marker, encode_marker
