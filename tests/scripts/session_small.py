@@ -37,12 +37,12 @@ def train(hold_at: int) -> None:
     loader = DataLoader(TensorDataset(torch.randn(160, 64)), batch_size=8, shuffle=True)
     run = mnemo.Session(model=model, optimizer=optimizer, snapshot={"every": 1})
     for (x,) in run.batches(loader, epochs=2):
-        model(x).square().mean().backward()
-        run.step()
-        if run.steps_done == hold_at:
+        if 0 < hold_at == run.steps_done:
             run.keeper.settle()
             print(f"holding {hold_at}", flush=True)
             signal.pause()
+        model(x).square().mean().backward()
+        run.step()
     print("finished", flush=True)
 
 

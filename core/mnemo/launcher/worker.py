@@ -13,6 +13,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import psutil
+
 from mnemo.errors import LaunchError
 from mnemo.launcher.output import RankLog, RankStream
 
@@ -70,7 +72,7 @@ def rank_environ(
         "TORCHELASTIC_MAX_RESTARTS": str(options.max_restarts),
         "TORCHELASTIC_RUN_ID": options.torch_run_id or options.run_id,
         "MNEMO_RUN_ID": options.run_id,
-        "MNEMO_AGENT": "1",
+        "MNEMO_AGENT": f"{os.getpid()}-{psutil.Process().create_time():.2f}",
     }
     environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     return environ

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from mnemo.config import ResolvedConfig
@@ -49,6 +50,19 @@ def resolve_identity(
             return RunIdentity(clean or secrets.token_hex(4), stable=bool(clean), source=name)
     prefix = config.run.name or "run"
     return RunIdentity(f"{prefix}-{secrets.token_hex(3)}", stable=False, source="this launch")
+
+
+def launch_of(environ: Mapping[str, str] | None = None) -> str:
+    """What all lives of one launch have in common, empty where nobody restarts this process.
+
+    That is the process that restarts them: `mnemo run` names itself, torchrun is the parent.
+    """
+    env = os.environ if environ is None else environ
+    named = env.get("MNEMO_AGENT", "")
+    if named or "TORCHELASTIC_RESTART_COUNT" not in env:
+        return named
+    parent = psutil.Process().parent()
+    return "" if parent is None else f"{parent.pid}-{parent.create_time():.2f}"
 
 
 def fingerprint(text: str) -> str:

@@ -21,7 +21,7 @@ from mnemo.config import Overrun, ResolvedConfig, Resume
 from mnemo.errors import MnemoError, NothingToResumeError, SmpError
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import announce, report
-from mnemo.session.identity import RunIdentity, describe_changes, require_same_model
+from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
 from mnemo.session.sources import NOTHING, Candidate, MemorySource, StorageSource, newest_common
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
@@ -133,6 +133,7 @@ class Keeper:
         """Newest step that any rank had done when an earlier life ended."""
         self._opened = time.time()
         self._then: dict[str, str] = {}
+        self._launch = launch_of()
 
     # --- beginning ----------------------------------------------------------------------------
 
@@ -145,7 +146,9 @@ class Keeper:
             NothingToResumeError: Resuming is required and there is nothing.
         """
         wanted = self.config.run.resume
-        found = None if wanted is Resume.never else self._find()
+        found = self._find()
+        if wanted is Resume.never and found is not None and not self._is_of_this_launch(found):
+            found = None
         if found is None and wanted is Resume.required:
             raise NothingToResumeError(
                 f"run.resume is 'required', but run {self.identity.run_id} has no snapshot in "
@@ -210,7 +213,7 @@ class Keeper:
             fingerprints: Of what should be the same when the run is resumed; what differs from
                 the snapshot resumed from is reported.
         """
-        self._start_engine(fingerprints)
+        self._start_engine({**fingerprints, "launch": self._launch})
         changes = describe_changes(self._then, fingerprints)
         if changes and self.place.rank == 0:
             report.say(f"resumed although these changed since the snapshot: {', '.join(changes)}")
@@ -224,6 +227,10 @@ class Keeper:
             stored = newest_common(self._storage(), self.place.agree, newer_than)
             found = stored or found
         return found
+
+    def _is_of_this_launch(self, found: Candidate) -> bool:
+        """Whether an earlier life of this very launch began what was found, and then crashed."""
+        return self._launch != "" and found.identity.get("launch") == self._launch
 
     def _storage(self) -> StorageSource:
         assert self._persist is not None

@@ -41,7 +41,7 @@ class LoaderPosition:
         self._replay: ReplaySampler | None = None
         self._begun: dict[str, Any] = {}
         self._saved: dict[str, Any] | None = None
-        self._on_event: Callable[[str, str], None] = lambda kind, words: None
+        self._on_event: Callable[[str, str], None] | None = None
 
     def prepare(self, saved: dict[str, Any] | None, on_event: Callable[[str, str], None]) -> None:
         """Before the first pass.
@@ -114,7 +114,7 @@ class LoaderPosition:
         if self._begun:
             restore_rng(self._begun["rng"])
             set_states(self._generators, self._begun["generators"])
-        iterator = iter(self._loader)
+        iterator: Iterator[Any] = iter(self._loader)
         if saved["batch"]:
             warnings.warn(
                 f"mnemo: the loader has no sampler and no state_dict, so its first "
@@ -130,7 +130,8 @@ class LoaderPosition:
         """Say so, once, if what the sampler has drawn again is not what it had drawn."""
         if self._replay is not None and self._replay.order_differs:
             self._replay.order_differs = False
-            self._on_event("order", _OTHER_ORDER)
+            if self._on_event is not None:
+                self._on_event("order", _OTHER_ORDER)
 
     def _tell_epoch(self, epoch: int) -> None:
         samplers = [getattr(self._loader, "sampler", None), getattr(self._replay, "inner", None)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mnemo.config import load_config
+from mnemo.session import report
 from mnemo.session.identity import data_fingerprint, optimizer_fingerprint, script_fingerprint
 from mnemo.session.keeper import Keeper
 from mnemo.session.passes import LoaderPosition
@@ -95,11 +96,17 @@ class Session:
             NothingToResumeError: See ``run.resume``.
         """
         data = self._data = LoaderPosition(loader, seed_samples=self._config.run.seed_samples)
+        self._epoch, self._commits, self._stepped = 0, 0, None
         finished = False
         try:
-            rng = self._open(loader, data)
-            assert self._keeper is not None
-            with on_sigterm(self._keeper.request_stop):
+            keeper, rng = self._open(loader, data)
+            if self._epoch >= epochs and rng is not None:
+                report.say(
+                    f"nothing to do: the run is in epoch {self._epoch + 1} and epochs={epochs} "
+                    "was asked for; its state is kept"
+                )
+                return
+            with on_sigterm(keeper.request_stop):
                 for epoch in range(self._epoch, epochs):
                     self._epoch = epoch
                     for batch in data.one_pass(epoch, rng):
@@ -133,8 +140,10 @@ class Session:
 
     # ------------------------------------------------------------------------------------------
 
-    def _open(self, loader: Iterable[Any], data: LoaderPosition) -> dict[str, Any] | None:
-        """Restore, or begin anew; the state of the random generators to go on with, if any."""
+    def _open(
+        self, loader: Iterable[Any], data: LoaderPosition
+    ) -> tuple[Keeper, dict[str, Any] | None]:
+        """Restore, or begin anew; and the state of the random generators to go on with, if any."""
         replicas = isinstance(self._model, torch.nn.parallel.DistributedDataParallel)
         device = next((p.device for p in self._model.parameters()), None)
         place = current_place(replicas=replicas, device=device)
@@ -166,7 +175,7 @@ class Session:
             keeper.close(finished=False)
             raise
         self._keeper = keeper
-        return None if restored is None else restored.rng
+        return keeper, None if restored is None else restored.rng
 
     def _commit(self) -> None:
         """The body of the loop is through: the step that it made, if any, is done."""

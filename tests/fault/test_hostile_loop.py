@@ -1,0 +1,107 @@
+"""Loops of one's own under `mnemo.Session`, killed and resumed: nothing is silently different."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import mnemo
+from launching import MNEMO
+
+from mnemo.recovery import journal
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "session_hard.py"
+
+
+def live(tmp_path: Path, kind: str, **environ: str) -> tuple[int, str]:
+    """One life of the script; its exit code and what it said."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), kind, str(tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MNEMO_RUN_ID": "hard", **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def results(tmp_path: Path) -> tuple[object, object]:
+    with_mnemo, without = json.loads((tmp_path / "out").read_text())
+    return with_mnemo, without
+
+
+@pytest.mark.parametrize("kind", ["own generator", "iterable", "stateful"])
+def test_a_killed_loop_goes_on_as_if_nothing_had_been(tmp_path: Path, kind: str) -> None:
+    """Data that mnemo cannot seek in, and a body that goes on behind its step."""
+    code, said = live(tmp_path, kind, KILL=str(int(signal.SIGKILL)))
+    assert code == -signal.SIGKILL, said
+    code, said = live(tmp_path, kind)
+    assert code == 0, said
+    assert "resumed from memory at step 7" in said
+    assert ("read again" in said) == (kind == "iterable")
+    with_mnemo, without = results(tmp_path)
+    assert with_mnemo == without
+
+
+def test_sigterm_ends_a_loop_with_its_state_saved(tmp_path: Path) -> None:
+    code, said = live(tmp_path, "own generator", KILL=str(int(signal.SIGTERM)))
+    assert code == 75, said
+    assert "step 8 is saved" in said
+    code, said = live(tmp_path, "own generator")
+    assert code == 0, said
+    assert "resumed from memory at step 8, 0 steps lost" in said
+
+
+def test_a_run_begun_anew_over_checkpoints_is_resumed_where_it_was(tmp_path: Path) -> None:
+    """Its snapshots outrank the stored checkpoints in its second and third life too."""
+    store = {"MNEMO_PERSIST__TO": str(tmp_path / "store"), "MNEMO_PERSIST__EVERY": "10ms"}
+    assert live(tmp_path, "stateful", **store)[0] == 0
+    kill = {"KILL": str(int(signal.SIGTERM))}
+    assert live(tmp_path, "stateful", MNEMO_RUN__RESUME="never", **kill, **store)[0] == 75
+    for step in (8, 9):
+        code, said = live(tmp_path, "stateful", KILL_BEHIND=str(step), **kill, **store)
+        assert code == 75, said
+        assert f"resumed from memory at step {step}, 0 steps lost" in said
+    assert mnemo("clean", "hard").code == 0  # the memory is lost: storage has the newest as well
+    code, said = live(tmp_path, "stateful", **store)
+    assert code == 0, said
+    assert "resumed from storage at step 10" in said
+    with_mnemo, without = results(tmp_path)
+    assert with_mnemo == without | {"losses": {n: without["losses"][n] for n in ("11", "12")}}
+
+
+def test_never_resuming_does_not_mean_the_restarts_of_a_launch(tmp_path: Path) -> None:
+    """What an earlier launch left is given up; what this launch did is not lost by its crash."""
+    code, said = live(tmp_path, "stateful", KILL=str(int(signal.SIGKILL)))
+    assert code == -signal.SIGKILL, said
+    script = tmp_path / "once.sh"
+    script.write_text(
+        f"[ $TORCHELASTIC_RESTART_COUNT = 0 ] && export KILL=9\n"
+        f"exec {sys.executable} {SCRIPT} stateful {tmp_path / 'out'}\n"
+    )
+    done = subprocess.run(
+        [*MNEMO, "run", "run.id=hard", "run.resume=never", "--no-python", "sh", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    starts = [r for r in journal.read(journal_file()) if r["event"] == "start"]
+    assert [(s["resumed"], s.get("step")) for s in starts] == [
+        (False, None),
+        (False, None),
+        (True, 7),
+    ]
+    with_mnemo, without = results(tmp_path)
+    assert with_mnemo == without
+
+
+def journal_file() -> Path:
+    return Path(os.environ["MNEMO_RUN__JOURNAL"]) / "hard.jsonl"

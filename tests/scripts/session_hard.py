@@ -1,0 +1,118 @@
+"""Training loops that are hard to resume: ``session_hard.py KIND OUT``.
+
+The first life is killed by SIGKILL behind step 7 of 12. The second one goes on, and then trains
+once more without mnemo, undisturbed; OUT gets the losses of steps 8 to 12 and the weights of both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+import mnemo
+
+X = torch.arange(24 * 4, dtype=torch.float32).reshape(24, 4).sin()
+EPOCHS = 2
+KILL_BEHIND = int(os.environ.get("KILL_BEHIND", "7"))
+
+
+class OwnGenerator(Dataset[torch.Tensor]):
+    """Augments with a generator of its own."""
+
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(3)
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return X[index] + float(self.random.random())
+
+
+class Shuffled(IterableDataset[torch.Tensor]):
+    """Has no sampler, and an order that it draws itself."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = list(range(len(X)))
+        random.shuffle(order)
+        return iter([X[i] for i in order])
+
+
+class Stateful:
+    """Knows where it is."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while self.next < 6:
+            self.next += 1
+            yield X[4 * self.next - 4 : 4 * self.next] + torch.rand(())
+        self.next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+def loader_of(kind: str) -> Iterable[torch.Tensor]:
+    if kind == "stateful":
+        return Stateful()
+    if kind == "iterable":
+        return DataLoader(Shuffled(), batch_size=4)
+    return DataLoader(OwnGenerator(), batch_size=4, shuffle=True)
+
+
+def train(kind: str, *, protected: bool) -> dict[str, Any]:
+    torch.manual_seed(5)
+    random.seed(5)
+    model = nn.Sequential(nn.Linear(4, 96), nn.Dropout(0.1), nn.Linear(96, 96), nn.Linear(96, 1))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loader = loader_of(kind)
+    run = mnemo.Session(
+        model=model,
+        optimizer=optimizer,
+        objects={"average": average},
+        snapshot={"every": int(os.environ.get("EVERY", "1"))},
+    )
+    unprotected = (batch for _ in range(EPOCHS) for batch in loader)
+    losses = {}
+    for step, x in enumerate(run.batches(loader, EPOCHS) if protected else unprotected):
+        number = run.steps_done if protected else step
+        if protected and number == KILL_BEHIND and os.environ.get("KILL"):
+            assert run.keeper is not None
+            run.keeper.settle()
+            os.kill(os.getpid(), int(os.environ["KILL"]))
+        loss = model(x).square().mean()
+        losses[number + 1] = loss.item()
+        loss.backward()
+        run.step()
+        # What a body does behind the step belongs to the step as well.
+        average.update_parameters(model)
+        for p in model.parameters():
+            p.data.clamp_(-0.2, 0.2)
+        torch.rand(3)
+    weights = [p.double().sum().item() for m in (model, average) for p in m.parameters()]
+    return {"losses": {n: x for n, x in losses.items() if n > 7}, "weights": weights}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = [train(sys.argv[1], protected=True)]
+    if os.environ.get("KILL") != str(int(signal.SIGTERM)):
+        results.append(train(sys.argv[1], protected=False))
+    Path(sys.argv[2]).write_text(json.dumps(results))
