@@ -15,17 +15,17 @@ EARLY = ("forward:3", "forward:11", "mid_copy:17")
 OPTIMIZATION: dict[str, tuple[str, ...]] = {
     "plain": ("forward:2", "mid_copy:5", "validation:8", "update:9", "epoch_end:16"),
     "accumulation": ("forward:2", "validation:2", "mid_copy:4", "update:6"),
-    "plateau": ("validation:8", "between:15", "forward:18"),
-    "scaler": ("backward:3", "between:17"),
     "gan": ("backward:5", "mid_copy:8", "validation:16", "update:19"),
     "manual_pending": ("backward:5", "between:7"),
     "lora": ("forward:3", "mid_copy:9"),
-    "finetuning": ("forward:5", "between:11", "forward:17"),
     "metrics": ("forward:3", "between:7", "validation:12", "mid_copy:17"),
     "max_steps": ("validation:8", "between:10", "forward:10"),
     "early_stopping": ("validation:12", "forward:10", "epoch_end:12"),
 }
 OPTIMIZATION_MORE: dict[str, tuple[str, ...]] = {
+    "finetuning": ("forward:5", "between:11", "forward:17"),
+    "scaler": ("backward:3", "between:17"),
+    "plateau": ("validation:8", "between:15", "forward:18"),
     "epoch_scheduler": ("validation:8", "backward:9"),
     "lbfgs": ("update:2", "between:4", "mid_copy:5"),
     "bf16": ("backward:3", "mid_copy:6"),
@@ -52,16 +52,19 @@ DATA = dict.fromkeys(
 )
 DATA_MORE = {
     **dict.fromkeys(("weighted", "replacement", "unbatched", "max_size", "loader_iter"), EARLY),
+    **dict.fromkeys(("batch_sampler", "stateful_map"), EARLY),
     "min_size": ("forward:2", "forward:4", "mid_copy:6"),
 }
 WRITERS = {
     "ema": ("forward:3", "validation:12", "mid_copy:13"),
-    "swa": ("forward:3", "forward:11", "validation:20", "forward:25", "mid_copy:30"),
+    "swa": ("forward:11", "validation:20", "mid_copy:30"),
     "sam": ("backward:3", "mid_copy:7", "forward:9"),
     "early_writer": ("forward:3", "backward:9"),
+}
+WRITERS_MORE = {
+    "averaging": ("forward:3", "validation:12", "mid_copy:13", "forward:17"),
     "clipping": ("forward:3", "mid_copy:9", "forward:17"),
 }
-WRITERS_MORE = {"averaging": ("forward:3", "validation:12", "mid_copy:13", "forward:17")}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def test_killed_run_is_identical(
     [
         "workers",
         "stream",
-        "mixed",
+        pytest.param("mixed", marks=pytest.mark.campaign),
         pytest.param("stream_workers", marks=pytest.mark.campaign),
         pytest.param("stateful_workers", marks=pytest.mark.campaign),
     ],
@@ -130,6 +133,7 @@ def test_augmentation_in_workers_is_exact_when_samples_are_seeded(lab: Lab, tmp_
     assert ", exact" in lives[-1].said
 
 
+@pytest.mark.campaign
 def test_augmentation_in_workers_is_said_to_differ_otherwise(lab: Lab, tmp_path: Path) -> None:
     lives = lab.lives("augmented_workers", tmp_path / "killed", kill_at("forward:3"))
     assert "random numbers drawn in loader workers are not: set run.seed_samples" in lives[-1].said

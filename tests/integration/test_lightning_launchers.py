@@ -95,14 +95,21 @@ def test_lightnings_own_launchers(alone: Path, tmp_path: Path, strategy: str) ->
 
 @pytest.mark.campaign
 def test_torchrun(alone: Path, tmp_path: Path) -> None:
+    """Started twice: its own restarts fail now and then with gloo, with and without mnemo.
+
+    torch 2.13 leaves the addresses of the first life in the store that the second one reads.
+    """
     out = tmp_path / "out"
     declared = Declaration(kill_at("backward:3", rank=1), str(tmp_path / "fired"))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=x"]
-    command += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", TRAIN]
-    ended = start(out, *command, "--strategy=ddp", "--devices=2", **declared.environ())
+    for _ in range(2):
+        port = f"--master-port={free_port()}"
+        ended = start(
+            out, *command, port, TRAIN, "--strategy=ddp", "--devices=2", **declared.environ()
+        )
     assert ended.returncode == 0, ended.stderr
     assert "resumed from memory at step" in ended.stderr
+    declared.assert_fired()
     assert_same(alone, out, ranks=2)
 
 

@@ -84,6 +84,7 @@ def test_a_version_that_the_user_names_goes_on(lab: Lab, tmp_path: Path) -> None
     assert table(killed / file) == table(alone / file)
 
 
+@pytest.mark.campaign
 def test_logs_of_two_ranks(lab: Lab, tmp_path: Path) -> None:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     lab.life("outputs", alone, mnemo=False, ranks=2)
@@ -94,7 +95,7 @@ def test_logs_of_two_ranks(lab: Lab, tmp_path: Path) -> None:
     assert not list(killed.rglob("*-v1*"))
 
 
-@pytest.mark.parametrize("case", ["tqdm_bar", "rich_bar"])
+@pytest.mark.parametrize("case", ["tqdm_bar", pytest.param("rich_bar", marks=pytest.mark.campaign)])
 def test_bars_show_where_the_run_is(lab: Lab, tmp_path: Path, case: str) -> None:
     lives = lab.lives(case, tmp_path / "a", kill_at("forward:11"))
     assert len(lives) == 2

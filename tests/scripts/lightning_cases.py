@@ -716,8 +716,8 @@ def early_writer(out):
     class Decays(Net):
         def __init__(self) -> None:
             super().__init__()
-            self.net[0] = nn.Linear(WIDTH, 1 << 15)
-            self.net[1:] = nn.Sequential(nn.ReLU(), nn.Linear(1 << 15, 1))
+            many = 1 << 15
+            self.net = nn.Sequential(nn.Linear(WIDTH, many), nn.ReLU(), nn.Linear(many, 1))
 
         def on_train_batch_start(self, batch, batch_idx):
             for parameter in self.parameters():
