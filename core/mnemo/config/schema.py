@@ -72,7 +72,8 @@ class SnapshotConfig:
     overrun: Annotated[Overrun, kinds.choice(Overrun)] = Overrun.wait
     """What happens when a copy is not finished before the next update."""
     verify: Annotated[bool, kinds.SWITCH] = False
-    """Hash the source again after each copy, which notices writes through ``.data``."""
+    """Hash what is to be copied beforehand, which notices writes through ``.data`` and stalls the
+    step by half a memcpy."""
     shard_replicas: Annotated[bool, kinds.SWITCH] = True
     """Identical replicas on a node each copy one part of the state instead of all of it."""
     keep_alive: Annotated[float, kinds.DURATION] = 3600.0

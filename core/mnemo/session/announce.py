@@ -37,6 +37,8 @@ class Start:
     def fresh(self, journal: Journal) -> None:
         """Nothing is resumed, and why."""
         why = "a new id at each launch" if not self.identity.stable else "no earlier snapshot"
+        if failure := _last_failure(journal):
+            why = f"rank {failure.get('rank')} {failure.get('cause')}, and no snapshot is left"
         if self.config.run.resume is Resume.never:
             why = "run.resume is never"
         ranks = report.count(self.world_size, "rank")
@@ -75,7 +77,7 @@ class Start:
         every = self.config.snapshot.every
         if every is not None:
             return f"a snapshot every {report.count(every, 'step')}"
-        return f"snapshots within {self.config.snapshot.overhead:.1%} of step time"
+        return f"snapshots within {self.config.snapshot.overhead * 100:.3g}% of step time"
 
 
 def _last_failure(journal: Journal) -> dict[str, Any] | None:

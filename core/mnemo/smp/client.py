@@ -104,6 +104,15 @@ class SmpClient:
         """Send a request that is only acknowledged."""
         self.ask(request, m.Done, fds, timeout_s=timeout_s)
 
+    def is_lost(self) -> bool:
+        """Whether the SMP has gone; False while another thread talks to it, which will notice."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return not self._channel.is_open()
+        finally:
+            self._lock.release()
+
     def status(self) -> dict[str, Any]:
         """The SMP's status as plain data."""
         reply, _ = self.ask(m.Status(), m.StatusReply)

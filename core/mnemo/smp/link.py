@@ -10,8 +10,9 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from mnemo.errors import IdentityError, SmpError
 from mnemo.smp import lifecycle
@@ -24,6 +25,9 @@ from mnemo.transport.local import MAX_FDS, ConnectionLostError, close_all
 
 log = logging.getLogger("mnemo")
 R = TypeVar("R", bound=m.Message)
+
+_LOOK_AGAIN_S: Final = 30.0
+"""After how long an SMP that could not be replaced is looked for again between two snapshots."""
 
 
 class Link:
@@ -50,6 +54,7 @@ class Link:
         """Around the choice of the SMP and what it has to be handed."""
         self._segments: dict[int, int] = {}
         self._board: Board | None = None
+        self._look_at = 0.0
         self.newest: m.Generation | None = None
         self._client = self._connect()
 
@@ -104,6 +109,14 @@ class Link:
             self._replace(client, str(error))
             raise
 
+    def look(self) -> None:
+        """Replace the SMP if it has died since the last request; call it now and then.
+
+        Until then the memory is this process's alone, and would be lost with it.
+        """
+        if time.monotonic() >= self._look_at and self._client.is_lost():
+            self._replace(self._client, "found dead between two snapshots")
+
     def _replace(self, lost: SmpClient, why: str) -> None:
         with self._lock:
             if self._client is not lost:
@@ -112,6 +125,7 @@ class Link:
             try:
                 self._client = self._connect()
             except (SmpError, IdentityError) as error:
+                self._look_at = time.monotonic() + _LOOK_AGAIN_S
                 log.warning("the snapshot process was lost and not replaced: %s; %s", why, error)
                 return
         if self._on_loss is not None:

@@ -3,12 +3,13 @@
 Parameters and optimizer state change only in the optimizer's update, so what `capture` lists after
 one update may be copied until the next. `before_update` is called right before that and waits for
 the copy; the time it waits is the *stall*. That nothing was written meanwhile is checked by each
-tensor's ``_version``, and where asked by hashing the source again: a tensor that was written voids
-the snapshot and is copied at once from then on.
+tensor's ``_version``, and where asked by hashing the source beforehand: a tensor that was written
+voids the snapshot and is copied at once from then on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -39,6 +40,8 @@ log = logging.getLogger("mnemo")
 GRANT_LIMIT_S: Final = 1.0
 """How long an update waits for a buffer to become free before that snapshot is given up."""
 _CLOSE_LIMIT_S: Final = 10.0
+_LOOK_S: Final = 0.5
+"""How often to see whether the SMP lives, while there is nothing to copy."""
 _MADV_POPULATE_WRITE: Final = 23
 _FIRST_VERIFIED: Final = 3
 _VERIFY_EVERY: Final = 64
@@ -72,7 +75,8 @@ class _Job:
     position: dict[str, int]
     tensors: list[torch.Tensor]
     versions: list[int]
-    verify: bool
+    before: list[int] | None
+    """Digests of this rank's chunks when the snapshot was taken, where it is verified."""
     granted: threading.Event = field(default_factory=threading.Event)
     copied: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
@@ -127,7 +131,7 @@ class SnapshotEngine:
             secret: The run's secret, for the MAC of the small state.
             identity: Fingerprints stored with every generation.
             drop_on_overrun: Give a snapshot up rather than let an update wait for it.
-            verify: Hash every source again after its copy.
+            verify: Hash what is to be copied when a snapshot is taken, and compare.
             on_event: Told of degradations, as ``(kind, words)``.
         """
         self._link = link
@@ -191,7 +195,11 @@ class SnapshotEngine:
         count = self.counters.captured
         verify = self._verify or count < _FIRST_VERIFIED or count % _VERIFY_EVERY == 0
         versions = [t._version for t in shared]
-        self._job = _Job(tick, step, plan, taken.pack(), position, shared, versions, verify)
+        before = None
+        if verify:
+            bounds = self._share.bounds(plan.layout.shared_size)
+            before = [copier.hash_chunk(chunk) for chunk in plan.chunks_of(*bounds)]
+        self._job = _Job(tick, step, plan, taken.pack(), position, shared, versions, before)
         self.counters.captured += 1
         self._jobs.put(self._job)
         self.counters.capture_s += time.perf_counter() - begun
@@ -230,7 +238,7 @@ class SnapshotEngine:
     # --- the copy thread ----------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next_job()) is not None:
             try:
                 self._take(job)
             except _CancelledError:
@@ -254,6 +262,16 @@ class SnapshotEngine:
                 job.granted.set()
                 job.copied.set()
                 job.done.set()
+
+    def _next_job(self) -> _Job | None:
+        """Wait for work; meanwhile see to it that somebody else holds the memory too."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._jobs.get(timeout=_LOOK_S)
+            try:
+                self._link.look()
+            except Exception:
+                log.exception("the snapshot process could not be looked after")
 
     def _take(self, job: _Job) -> None:
         layout = job.plan.layout
@@ -378,9 +396,9 @@ class SnapshotEngine:
         touched = [
             n for n, t, v in zip(names, job.tensors, job.versions, strict=True) if t._version != v
         ]
-        if job.verify and not touched:
-            for i, chunk in enumerate(chunks):
-                if copier.hash_chunk(chunk).to_bytes(8, "little") != digests[8 * i : 8 * i + 8]:
+        if job.before is not None and not touched:
+            for i, (chunk, before) in enumerate(zip(chunks, job.before, strict=True)):
+                if before.to_bytes(8, "little") != digests[8 * i : 8 * i + 8]:
                     touched += job.plan.names_in(chunk)
         if touched:
             self._at_once.update(touched)

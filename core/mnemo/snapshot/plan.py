@@ -73,6 +73,16 @@ class CopyPlan:
             self.sources[i] = _view(tensors[i][1])
             self.at_once = None
 
+    def chunks_of(self, start: int, stop: int) -> list[list[copier.Piece]]:
+        """What the chunks ``[start, stop)`` of the shared part consist of."""
+        if self.chunks is None:
+            self.jobs.clear()
+            layout = self.layout
+            self.chunks = copier.pieces_of(
+                layout, self.sources, layout.own_padded, layout.total, self.numbers
+            )
+        return self.chunks[start // CHUNK : -(-stop // CHUNK)]
+
     def moves(
         self, bulk: Bytes, inode: int, start: int, stop: int
     ) -> tuple[list[list[copier.Piece]], tuple[copier.Job, copier.Job]]:
@@ -85,12 +95,7 @@ class CopyPlan:
             stop: End.
         """
         base = self.layout.own_padded
-        if self.chunks is None:
-            self.jobs.clear()
-            self.chunks = copier.pieces_of(
-                self.layout, self.sources, base, self.layout.total, self.numbers
-            )
-        chunks = self.chunks[start // CHUNK : -(-stop // CHUNK)]
+        chunks = self.chunks_of(start, stop)
         known = self.jobs.get(inode)
         if known is None:
             own = copier.plan_moves(bulk, _stage_chunks(self.stage))

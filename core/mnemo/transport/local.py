@@ -10,6 +10,7 @@ import array
 import asyncio
 import contextlib
 import os
+import select
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -164,6 +165,14 @@ class BlockingChannel:
         if not data:
             raise ConnectionLostError("the snapshot process closed the connection")
         return data, fds
+
+    def is_open(self) -> bool:
+        """Whether the other end is still there, without a wait."""
+        if self._sock.fileno() < 0:
+            return False
+        hang_up = select.poll()
+        hang_up.register(self._sock, 0)
+        return not hang_up.poll(0)
 
     def close(self) -> None:
         """Close the connection; harmless a second time."""
