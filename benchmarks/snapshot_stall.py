@@ -28,9 +28,9 @@ def run(quick: bool, report: Report) -> None:
     blocks = 6 if quick else 24
     training = Training(blocks=blocks)
     memcpy = Memcpy(training.nbytes)
-    added_s, step_s = _against_peers(training, memcpy, report, rounds=4 if quick else 9)
-    _without_spare_core(blocks, report, rounds=8 if quick else 20)
-    _default_budget(training, added_s, step_s, report, blocks=3 if quick else 8)
+    added_s, step_s = _against_peers(training, memcpy, report, rounds=4 if quick else 6)
+    _without_spare_core(blocks, report, rounds=8 if quick else 14)
+    _default_budget(training, added_s, step_s, report, blocks=3 if quick else 6)
 
 
 def _against_peers(

@@ -49,6 +49,18 @@ def test_a_killed_loop_goes_on_as_if_nothing_had_been(tmp_path: Path, kind: str)
     assert with_mnemo == without
 
 
+def test_the_memory_has_a_new_keeper_long_before_the_next_snapshot(tmp_path: Path) -> None:
+    """The snapshot process dies, then the trainer, and no snapshot is taken between."""
+    environ = {"EVERY": "3", "KILL": str(int(signal.SIGKILL)), "KILL_SMP": "1"}
+    code, said = live(tmp_path, "stateful", **environ)
+    assert code == -signal.SIGKILL, said
+    code, said = live(tmp_path, "stateful", EVERY="3")
+    assert code == 0, said
+    assert "resumed from memory at step 6, 1 step lost" in said
+    with_mnemo, without = results(tmp_path)
+    assert with_mnemo == without
+
+
 def test_sigterm_ends_a_loop_with_its_state_saved(tmp_path: Path) -> None:
     code, said = live(tmp_path, "own generator", KILL=str(int(signal.SIGTERM)))
     assert code == 75, said
