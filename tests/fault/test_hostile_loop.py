@@ -115,5 +115,19 @@ def test_never_resuming_does_not_mean_the_restarts_of_a_launch(tmp_path: Path) -
     assert with_mnemo == without
 
 
+def test_checkpoints_that_cannot_be_stored_are_recorded_and_said(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.touch()
+    environ = {"MNEMO_PERSIST__TO": str(store), "MNEMO_PERSIST__EVERY": "1ms"}
+    code, said = live(tmp_path, "stateful", **environ)
+    assert code == 0, said
+    failures = [
+        r["text"] for r in journal.read(journal_file()) if r.get("kind") == "persist failed"
+    ]
+    assert failures, said
+    assert "Not a directory" in failures[0]
+    assert f"persist failed: {failures[0]}" in said
+
+
 def journal_file() -> Path:
     return Path(os.environ["MNEMO_RUN__JOURNAL"]) / "hard.jsonl"

@@ -50,7 +50,7 @@ def test_round_trip(request_: m.Message) -> None:
         m.Done(),
         m.Joined(m.Generation(4, 2)),
         m.Granted(1, (0, 1), shard=True),
-        m.Sealed(None, "rank 1 differs"),
+        m.Sealed(None, "rank 1 differs", "no space left"),
         m.Fetched(None),
         m.Flushed(-1),
         m.StatusReply(b"{}"),

@@ -213,7 +213,8 @@ class Fit:
             )
         self._counts["sealed"] += 1
         self._notify()
-        return m.Sealed(self.newest, self._differ), []
+        not_stored = "" if self.persister is None else self.persister.failure
+        return m.Sealed(self.newest, self._differ, not_stored), []
 
     async def drop(self, seat: Seat, request: m.Drop) -> Answer:
         """See `m.Drop`."""

@@ -128,6 +128,8 @@ class Sealed(Message, frozen=True):
     committed: Generation | None
     differ: str = ""
     """Where replicas were found to differ: rank and tensor; empty if they agree."""
+    not_stored: str = ""
+    """Why the newest generation that was to be persisted could not be; empty if it was."""
 
 
 class Drop(Message, frozen=True):

@@ -75,7 +75,8 @@ class Persister:
         self._thread: threading.Thread | None = None
         self._cancel = threading.Event()
         self._store: CheckpointStore | None = None
-        self._failure = ""
+        self.failure = ""
+        """Why the newest attempt failed; empty if it did not."""
         self.lock = asyncio.Lock()
         self.newest: Generation | None = None
         """What the newest checkpoint on storage holds, of those written since the last rewind."""
@@ -111,14 +112,14 @@ class Persister:
         try:
             await asyncio.wrap_future(done)
         except (MnemoError, OSError) as error:
-            self._failure = str(error)
+            self.failure = str(error)
             log.warning("step %d could not be persisted: %s", generation.step, error)
             return False
         except Exception as error:
-            self._failure = repr(error)
+            self.failure = repr(error)
             log.exception("step %d could not be persisted", generation.step)
             return False
-        self.newest, self._failure = generation, ""
+        self.newest, self.failure = generation, ""
         log.info(
             "step %d persisted to %s in %.1f s",
             generation.step,
@@ -156,7 +157,7 @@ class Persister:
             "to": self._settings.url,
             "newest_step": self.newest_step,
             "every_s": self._settings.every_s,
-            "failure": self._failure,
+            "failure": self.failure,
         }
 
     async def close(self) -> None:

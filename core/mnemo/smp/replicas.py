@@ -16,6 +16,8 @@ def differing_replica(metas: dict[int, Meta]) -> str:
     Returns:
         Which rank differs in which tensor from the one that keeps the chunk, or ''.
     """
+    if words := _sharing_otherwise(metas):
+        return words
     kept: dict[int, tuple[int, int]] = {}
     for rank, meta in metas.items():
         first = meta.shared_start // CHUNK
@@ -28,6 +30,23 @@ def differing_replica(metas: dict[int, Meta]) -> str:
             keeper = kept.get(chunk)
             if keeper is not None and keeper[1] != digest:
                 return f"rank {rank} differs from rank {keeper[0]} in {_tensors_in(meta, chunk)}"
+    return ""
+
+
+def _sharing_otherwise(metas: dict[int, Meta]) -> str:
+    """Whether a rank shares out another set of tensors, so that the parts make no whole.
+
+    One that saw a tensor change during a copy keeps that by itself from then on.
+    """
+    shared = {
+        rank: {e.name for e in meta.tensors if e.offset >= -(-meta.own_size // CHUNK) * CHUNK}
+        for rank, meta in metas.items()
+        if meta.members > 1
+    }
+    for rank, names in shared.items():
+        other = min(shared)
+        if odd := sorted(names ^ shared[other]):
+            return f"rank {rank} does not share out {odd[0]} as rank {other} does"
     return ""
 
 

@@ -149,6 +149,7 @@ class SnapshotEngine:
         self._inodes: dict[int, int] = {}
         self._job: _Job | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._not_stored = ""
         self.counters = Counters()
         self.committed: m.Generation | None = None
         """Newest generation that all ranks have sealed, as far as this rank was told."""
@@ -335,6 +336,9 @@ class SnapshotEngine:
         sealed, _ = self._link.ask(m.Seal(index, job.tick), m.Sealed)
         self.counters.sealed += 1
         self.committed = sealed.committed or self.committed
+        if sealed.not_stored and not self._not_stored and self._rank == 0:
+            self._on_event("persist failed", sealed.not_stored)
+        self._not_stored = sealed.not_stored
         if sealed.differ and self._share.replicas > 1:
             self._share = Share(0, 1)
             self._on_event(
