@@ -61,6 +61,15 @@ def test_the_memory_has_a_new_keeper_long_before_the_next_snapshot(tmp_path: Pat
     assert with_mnemo == without
 
 
+def test_changed_data_is_never_called_exact(tmp_path: Path) -> None:
+    code, said = live(tmp_path, "own generator", KILL=str(int(signal.SIGKILL)))
+    assert code == -signal.SIGKILL, said
+    code, said = live(tmp_path, "own generator", ROWS="20")
+    assert code == 0, said
+    assert "not exact (changed: data)" in said
+    assert "the order of batches is not the one of the interrupted epoch" in said
+
+
 def test_sigterm_ends_a_loop_with_its_state_saved(tmp_path: Path) -> None:
     code, said = live(tmp_path, "own generator", KILL=str(int(signal.SIGTERM)))
     assert code == 75, said

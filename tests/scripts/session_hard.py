@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import mnemo
 
-X = torch.arange(24 * 4, dtype=torch.float32).reshape(24, 4).sin()
+ROWS = int(os.environ.get("ROWS", "24"))
+X = torch.arange(ROWS * 4, dtype=torch.float32).reshape(ROWS, 4).sin()
 EPOCHS = 2
 KILL_BEHIND = int(os.environ.get("KILL_BEHIND", "7"))
 

@@ -133,6 +133,7 @@ class Keeper:
         """Newest step that any rank had done when an earlier life ended."""
         self._opened = time.time()
         self._then: dict[str, str] = {}
+        self._changes: list[str] = []
         self._launch = launch_of()
 
     # --- beginning ----------------------------------------------------------------------------
@@ -214,7 +215,7 @@ class Keeper:
                 the snapshot resumed from is reported.
         """
         self._start_engine({**fingerprints, "launch": self._launch})
-        changes = describe_changes(self._then, fingerprints)
+        changes = self._changes = describe_changes(self._then, fingerprints)
         if changes and self.place.rank == 0:
             report.say(f"resumed although these changed since the snapshot: {', '.join(changes)}")
             self.journal.write("changed", run=self.identity.run_id, what=changes)
@@ -246,6 +247,9 @@ class Keeper:
             start.fresh(self.journal)
         else:
             lost = max(0, self._reached - restored.step)
+            if self._changes:
+                exact, changed = False, f"changed: {', '.join(self._changes)}"
+                note = f"{changed}; {note}" if note else changed
             resumed = announce.Resumed(restored.origin, restored.step, lost, exact, note)
             start.resumed(self.journal, resumed, since=self._opened)
 
