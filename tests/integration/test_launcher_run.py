@@ -182,6 +182,14 @@ def test_too_many_failures_end_with_the_ranks_own_code(
     assert [r["decision"] for r in ended.records("failure")] == ["restart", "exhausted"]
 
 
+def test_what_mnemo_refuses_is_not_tried_again(tmp_path: Path, script: Any) -> None:
+    name = script("from mnemo.errors import ConfigError\nraise ConfigError('snapshot.every is 0')")
+    ended = launch("--nproc-per-node=2", name, cwd=tmp_path)
+    assert ended.code == 1
+    assert "ConfigError: snapshot.every is 0 → a restart would end the same way" in ended.err
+    assert [r["decision"] for r in ended.records("failure")] == ["refused"]
+
+
 def test_later_launches_of_a_run_keep_the_logs_of_earlier_ones(tmp_path: Path, script: Any) -> None:
     name = script("print('here')")
     for _ in range(2):

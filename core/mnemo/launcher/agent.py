@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from mnemo.clock import Clock, SystemClock
 from mnemo.config import format_duration
 from mnemo.errors import CrashLoopError, LaunchError
-from mnemo.launcher.cause import OomWatch, describe
+from mnemo.launcher.cause import OomWatch, describe, is_refusal
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
 from mnemo.launcher.restarts import CRASH_LOOP, Ended, Failed, Position, RestartPolicy, judge
 from mnemo.launcher.worker import Worker, free_port, rank_environ
@@ -297,7 +297,9 @@ class Agent:
         """Report a failure, and end the job if it has failed too often."""
         worker = life.workers[failed.rank]
         position = self._hooks.position()
-        decision = self._policy.after_failure(position)
+        decision: str = self._policy.after_failure(position)
+        if decision == "restart" and is_refusal(worker.log.tail):
+            decision = "refused"
         out_of_memory = self._oom.struck()
         cause = _cause(failed, worker, out_of_memory=out_of_memory)
         code = failed.code if failed.code > 0 else 128 - failed.code if failed.code else 1
@@ -321,6 +323,8 @@ class Agent:
         then = f"{many} from memory ({self._policy.recent} of {limit})"
         if self._stopped_by is not None:
             then = "ending"
+        elif decision == "refused":
+            then = f"a restart would end the same way: exit code {code}"
         elif decision != "restart":
             then = f"giving up with exit code {code}; its log is {worker.log.path}"
         at = time.strftime("%H:%M:%S", time.localtime(life.noticed[failed.rank]))

@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b.*")
+
+
+_REFUSAL = re.compile(
+    r"mnemo\.errors\."
+    r"(ConfigError|HostMemoryError|IdentityError|MissingExtraError|ModelChangedError|NothingToResumeError)"
+    r": "
+)
+
+
+def is_refusal(tail: Iterable[str]) -> bool:
+    """Whether a rank's last lines say that mnemo refused to start, as it would again."""
+    return any(_REFUSAL.match(line) for line in tail)
 
 
 class OomWatch:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mnemo.config import load_config
+from mnemo.errors import ModelChangedError
 from mnemo.session import report
 from mnemo.session.identity import data_fingerprint, optimizer_fingerprint, script_fingerprint
 from mnemo.session.keeper import Keeper
@@ -209,7 +210,14 @@ class Session:
 
     def _load(self, state: dict[str, Any]) -> None:
         self._model.load_state_dict(join_module_state(state["model"]))
-        self._optimizer.load_state_dict(state["optimizer"])
+        try:
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise ModelChangedError(
+                f"the snapshot's optimizer state does not fit {type(self._optimizer).__name__} "
+                f"({error!r}): use the optimizer that the run was begun with, another run.id, or "
+                "run.resume=never to give the old state up"
+            ) from error
         if self._scheduler is not None and "scheduler" in state:
             self._scheduler.load_state_dict(state["scheduler"])
         for name, thing in self._objects.items():

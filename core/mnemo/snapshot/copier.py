@@ -20,7 +20,7 @@ import xxhash
 from mnemo.smp.segment import CHUNK
 from mnemo.snapshot.layout import Bytes, Layout
 
-_SAMPLED = 61
+_SAMPLED = 1021
 """One number in so many is checked: what is not finite spreads over whole tensors within a step,
 and a loss computed with it tells. Checking all costs a quarter of a memcpy."""
 _ZEROS: Bytes = np.zeros(CHUNK, dtype=np.uint8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from typing import Final
@@ -10,6 +9,8 @@ from typing import Final
 _MEMORY: Final = 40
 _ENOUGH: Final = 4
 _SETTLING: Final = 2
+_LEARNING: Final = 2
+"""Steps from one snapshot to the next while too little is known: every other step goes without."""
 _LONGEST: Final = 10_000
 
 
@@ -17,8 +18,7 @@ class Cadence:
     """Chooses the steps between two snapshots. One rank decides, the others follow.
 
     With an overhead budget, the added time of a snapshot is the median duration of steps that one
-    ran beside, less that of the others; until enough of both were seen, the measured copy time
-    stands in for it, which is the worst case (no core free).
+    ran beside, less that of the others. It is learned in the first steps, at every other one.
     """
 
     def __init__(self, every: int | None, overhead: float) -> None:
@@ -28,6 +28,8 @@ class Cadence:
         self._plain: deque[float] = deque(maxlen=_MEMORY)
         self._beside: deque[float] = deque(maxlen=_MEMORY)
         self._seen = 0
+        self._owed = 0.0
+        """Steps that the intervals so far were too short by: they are whole, the ideal is not."""
 
     def observe(self, seconds: float, *, beside: bool) -> None:
         """One step took ``seconds``; ``beside`` says that a snapshot was taken and copied in it."""
@@ -37,19 +39,21 @@ class Cadence:
                 return  # the first ones allocate and fault memory in
         (self._beside if beside else self._plain).append(seconds)
 
-    def added(self, copy_s: float) -> float:
-        """Seconds that one snapshot adds, as far as is known; the newest copy took ``copy_s``."""
+    def added(self) -> float | None:
+        """Seconds that one snapshot adds; None as long as that is not known."""
         if len(self._plain) < _ENOUGH or len(self._beside) < _ENOUGH:
-            return copy_s
+            return None
         return max(0.0, statistics.median(self._beside) - statistics.median(self._plain))
 
-    def interval(self, copy_s: float) -> int:
+    def interval(self) -> int:
         """Steps from one snapshot to the next."""
         if self._every is not None:
             return self._every
-        if len(self._plain) < _ENOUGH:
-            return _ENOUGH + 1  # first learn what a step takes without
-        step = statistics.median(self._plain)
-        if step <= 0:
-            return 1
-        return min(_LONGEST, max(1, math.ceil(self.added(copy_s) / (self._overhead * step))))
+        added = self.added()
+        step = statistics.median(self._plain) if self._plain else 0.0
+        if added is None or step <= 0:
+            return _LEARNING
+        ideal = min(float(_LONGEST), max(1.0, added / (self._overhead * step)))
+        chosen = max(1, round(ideal + self._owed))
+        self._owed += ideal - chosen
+        return chosen

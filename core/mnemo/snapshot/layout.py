@@ -19,7 +19,8 @@ from mnemo.smp.segment import CHUNK, PAGE, TensorEntry
 Bytes = npt.NDArray[np.uint8]
 
 SMALL: Final = 16 * 1024
-"""Tensors up to this size, bytes, are copied at once: cheaper than keeping track of them."""
+"""Tensors outside stable parts up to this size, bytes, are copied at once: many of them are made
+anew for each snapshot, and keeping track of them costs more."""
 _ALIGN: Final = 64
 
 

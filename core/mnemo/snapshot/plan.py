@@ -143,13 +143,14 @@ def plan_for(
     tensors = taken.all_tensors()
     loose = [i for i, (_, t) in enumerate(tensors) if not is_dense(t)]
     dense = [(name, t if is_dense(t) else t.contiguous()) for name, t in tensors]
+    fleeting = len(taken.tensors)
     own = [
         t.data_ptr() in volatile
-        or t.numel() * t.element_size() <= SMALL
+        or (i < fleeting and t.numel() * t.element_size() <= SMALL)
         or name in at_once
         or not is_dense(t)
         or t.is_inference()  # has no version, so a change would not be noticed
-        for name, t in tensors
+        for i, (name, t) in enumerate(tensors)
     ]
     layout = make_layout(dense, own)
     return CopyPlan(
