@@ -86,3 +86,13 @@ def test_bounds() -> None:
         free.observe(0.0, beside=True)
     assert dear.interval() == 10_000
     assert free.interval() >= 1
+
+
+def test_noise_does_not_make_a_snapshot_free() -> None:
+    cadence = Cadence(None, 0.01)
+    for _ in range(10):
+        cadence.observe(0.102, beside=False)
+        cadence.observe(0.1, beside=True)
+    assert cadence.added() == 0.0
+    assert cadence.added(copy_s=0.02) == pytest.approx(0.005)
+    assert cadence.interval(copy_s=0.02) == 5

@@ -345,7 +345,8 @@ class Keeper:
             self._captured_last = not after
             self._captured_tick, self._first_loss = position.tick, None
         if self.place.local_rank == 0 and not after:
-            board.schedule(number + self._cadence.interval())
+            copy_s = self._engine.counters.copy_s if self._engine is not None else 0.0
+            board.schedule(number + self._cadence.interval(copy_s))
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the same step, with a snapshot; safe in signal handlers."""

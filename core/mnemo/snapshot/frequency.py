@@ -11,6 +11,7 @@ _ENOUGH: Final = 4
 _SETTLING: Final = 2
 _LEARNING: Final = 2
 """Steps from one snapshot to the next while too little is known: every other step goes without."""
+_LEAST: Final = 0.25
 _LONGEST: Final = 10_000
 
 
@@ -18,7 +19,9 @@ class Cadence:
     """Chooses the steps between two snapshots. One rank decides, the others follow.
 
     With an overhead budget, the added time of a snapshot is the median duration of steps that one
-    ran beside, less that of the others. It is learned in the first steps, at every other one.
+    ran beside, less that of the others. It is learned in the first steps, at every other one. As
+    step times vary by more than that, it is never taken for less than a quarter of the copy's own
+    time, which is what a copy costs that has a core to itself.
     """
 
     def __init__(self, every: int | None, overhead: float) -> None:
@@ -39,17 +42,22 @@ class Cadence:
                 return  # the first ones allocate and fault memory in
         (self._beside if beside else self._plain).append(seconds)
 
-    def added(self) -> float | None:
-        """Seconds that one snapshot adds; None as long as that is not known."""
+    def added(self, copy_s: float = 0.0) -> float | None:
+        """Seconds that one snapshot adds; None as long as that is not known.
+
+        Args:
+            copy_s: Seconds that the newest copy took in its own thread.
+        """
         if len(self._plain) < _ENOUGH or len(self._beside) < _ENOUGH:
             return None
-        return max(0.0, statistics.median(self._beside) - statistics.median(self._plain))
+        seen = statistics.median(self._beside) - statistics.median(self._plain)
+        return max(seen, _LEAST * copy_s, 0.0)
 
-    def interval(self) -> int:
-        """Steps from one snapshot to the next."""
+    def interval(self, copy_s: float = 0.0) -> int:
+        """Steps from one snapshot to the next; ``copy_s`` as for `added`."""
         if self._every is not None:
             return self._every
-        added = self.added()
+        added = self.added(copy_s)
         step = statistics.median(self._plain) if self._plain else 0.0
         if added is None or step <= 0:
             return _LEARNING
