@@ -46,7 +46,7 @@ def test_fifty_kills(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[st
     fired = []
     for number in range(5):
         bound = random_faults(seed + number, 6, ranks=2, steps=range(1, STEPS - 2))
-        free = random_instants(seed + number, 4, ranks=2, within_s=(3.0, 12.0))
+        free = random_instants(seed + number, 4, ranks=2, within_s=(4.0, 12.0))
         out = tmp_path / f"disturbed-{number}"
         declared = Declaration((*hooks(bound), *free), record=str(tmp_path / f"fired-{number}"))
         train(out, declared=declared, strikes=True)

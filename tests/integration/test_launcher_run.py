@@ -186,7 +186,7 @@ def test_what_mnemo_refuses_is_not_tried_again(tmp_path: Path, script: Any) -> N
     name = script("from mnemo.errors import ConfigError\nraise ConfigError('snapshot.every is 0')")
     ended = launch("--nproc-per-node=2", name, cwd=tmp_path)
     assert ended.code == 1
-    assert "ConfigError: snapshot.every is 0 → a restart would end the same way" in ended.err
+    assert "ConfigError: snapshot.every is 0) → a restart would end the same way" in ended.err
     assert [r["decision"] for r in ended.records("failure")] == ["refused"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any
 
 from mnemo.errors import MnemoError
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 def smp_hooks(paths: RunPaths) -> Hooks:
     """The agent's hooks, answered by the SMP of the run at ``paths``."""
     attending: list[SmpClient] = []
+    started = 0.0
 
     def ensure() -> None:
+        nonlocal started
+        started = time.time()
         client = lifecycle.ensure(paths)
         client.tell(m.Attend())
         while attending:
@@ -28,7 +32,9 @@ def smp_hooks(paths: RunPaths) -> Hooks:
         attending.append(client)  # held open: the snapshot process waits for ranks meanwhile
 
     def position() -> Position | None:
-        reached = [p for fit in _unfinished(paths) for p in fit["progress"]]
+        # A life that ended before it trained says nothing about the batch that it never came to.
+        progress = [p for fit in _unfinished(paths) for p in fit["progress"]]
+        reached = [p for p in progress if p["time"] >= started]
         if not reached:
             return None
         last = max(reached, key=lambda p: p["tick"])

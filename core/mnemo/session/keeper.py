@@ -215,6 +215,8 @@ class Keeper:
                 the snapshot resumed from is reported.
         """
         self._start_engine({**fingerprints, "launch": self._launch})
+        slot, board = self.place.local_rank, self._link.board
+        board.report(slot, replace(board.position(slot), time=time.time()))  # this life is here too
         changes = self._changes = describe_changes(self._then, fingerprints)
         if changes and self.place.rank == 0:
             report.say(f"resumed although these changed since the snapshot: {', '.join(changes)}")

@@ -132,8 +132,7 @@ class Server:
         ):
             self._idle_since = self._clock.monotonic()
             return math.inf
-        worth = any(not f.is_finished and f.shelf.committed() for f in self._fits.values())
-        keep = self._keep_alive_s if worth else LINGER_S
+        keep = LINGER_S if all(f.is_finished for f in self._fits.values()) else self._keep_alive_s
         if not self._fits and not self._attended:
             keep = min(_FIRST_JOIN_S, self._keep_alive_s)
         left = self._idle_since + keep - self._clock.monotonic()
