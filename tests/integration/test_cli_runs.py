@@ -76,6 +76,10 @@ def test_a_run_that_is_training(tmp_path: Path) -> None:
         assert "gave up the snapshot of step 6; its ranks go on" in answer.out
         assert not smp.is_running()
         assert process.poll() is None
+        # the rank notices, starts another and hands it the memory
+        successor = next(code for _ in range(20) if (code := mnemo("status", "gpt").code) == 0)
+        assert successor == 0
+    assert mnemo("clean", "gpt").code == 0
 
 
 def test_a_run_that_was_killed(tmp_path: Path) -> None:
