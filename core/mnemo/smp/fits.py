@@ -14,18 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnemo.clock import Clock
-from mnemo.errors import (
-    HostMemoryError,
-    IdentityError,
-    IntegrityError,
-    ProtocolError,
-    RunInUseError,
-    SmpError,
-)
+from mnemo.errors import IdentityError, IntegrityError, ProtocolError, RunInUseError, SmpError
 from mnemo.smp import messages as m
 from mnemo.smp import segment
 from mnemo.smp.board import Board
-from mnemo.smp.memory import memory_limit
+from mnemo.smp.buffers import Buffers, require_room
 from mnemo.smp.persist import Persister
 from mnemo.smp.replicas import differing_replica
 from mnemo.smp.shelf import Shelf, Slot
@@ -47,7 +40,7 @@ class Seat:
 
 
 class Fit:
-    """One training: its shelf, its segments' descriptors, its board."""
+    """One training: its shelf, its buffers, its board."""
 
     def __init__(
         self,
@@ -66,7 +59,7 @@ class Fit:
         self._run_id = run_id
         self._counts = counts
         self._clock = clock
-        self._fds: dict[tuple[int, int], int] = {}
+        self._buffers = Buffers(f"mnemo:{run_id}:{number}")
         self._finished: set[int] = set()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -124,7 +117,7 @@ class Fit:
         """Believe the segment itself: sealed if its header says so, else void."""
         slot = self.shelf.rank(rank).slots[index]
         try:
-            header = segment.read_header(self._fds[rank, index])
+            header = self._buffers.header((rank, index))
         except IntegrityError:
             self._void(rank, index)
             return
@@ -148,16 +141,8 @@ class Fit:
     async def reserve(self, seat: Seat, request: m.Reserve) -> Answer:
         """See `m.Reserve`."""
         del seat
-        held = sum(s.size for shelf in self.shelf.ranks.values() for s in shelf.slots.values())
-        wanted = request.size * request.buffers * self.shelf.members
-        limit = memory_limit()
-        if wanted - held > limit.available:
-            raise HostMemoryError(
-                f"{request.buffers} snapshot buffers of {_size(request.size)} for "
-                f"{self.shelf.members} ranks need {_size(wanted)}; the {limit.bound} has "
-                f"{_size(limit.available)} of {_size(limit.total)} left. "
-                "Shard replicas (snapshot.shard_replicas), or raise the limit"
-            )
+        size, members = request.size, self.shelf.members
+        require_room(size, request.buffers, members, held=self._memory)
         return m.Done(), []
 
     async def begin(self, seat: Seat, request: m.Begin) -> Answer:
@@ -173,36 +158,22 @@ class Fit:
             if index is not None:
                 break
             if create:
-                fd = await asyncio.to_thread(self._allocate, rank, request.size)
-                self._fds[rank, self.shelf.add(rank, request.size)] = fd
+                fd = await asyncio.to_thread(self._buffers.create, rank, request.size)
+                self._buffers.keep((rank, self.shelf.add(rank, request.size)), fd)
             else:
                 await self._changed.wait()
         self.shelf.write(rank, index, request.tick, request.step)
-        fd = self._fds[rank, index]
-        segment.begin(fd, request.tick, request.step, request.size)
+        self._buffers.begin((rank, index), request.tick, request.step, request.size)
         live = tuple(self.shelf.rank(rank).slots)
-        return m.Granted(index, live, shard=not self._differ), [fd]
-
-    def _allocate(self, rank: int, size: int) -> int:
-        limit = memory_limit()
-        if size > limit.available:
-            raise HostMemoryError(
-                f"a snapshot buffer of {_size(size)} for rank {rank} does not fit: the "
-                f"{limit.bound} has {_size(limit.available)} of {_size(limit.total)} left"
-            )
-        try:
-            return segment.create(f"mnemo:{self._run_id}:{self.number}:{rank}"[:200], size)
-        except OSError as error:
-            raise HostMemoryError(
-                f"a snapshot buffer of {_size(size)} could not be made: {error.strerror}"
-            ) from error
+        granted = m.Granted(index, live, shard=not self._differ)
+        return granted, [self._buffers[rank, index]]
 
     async def seal(self, seat: Seat, request: m.Seal) -> Answer:
         """See `m.Seal`."""
-        fd = self._fds.get((seat.rank, request.index))
-        if fd is None:
+        key = (seat.rank, request.index)
+        if key not in self._buffers:
             raise ProtocolError(f"rank {seat.rank} has no segment {request.index}")
-        header = segment.read_header(fd)
+        header = self._buffers.header(key)
         if header.state is not GenerationState.SEALED or header.tick != request.tick:
             raise ProtocolError(
                 f"segment {request.index} does not hold a sealed generation {request.tick}"
@@ -248,7 +219,7 @@ class Fit:
     def _void(self, rank: int, index: int) -> None:
         """Forget what a segment holds, for good: no later SMP that is handed it revives it."""
         self.shelf.void(rank, index)
-        segment.begin(self._fds[rank, index], 0, 0, self.shelf.rank(rank).slots[index].size)
+        self._buffers.begin((rank, index), 0, 0, self.shelf.rank(rank).slots[index].size)
 
     async def adopt(self, seat: Seat, request: m.Adopt, fds: list[int]) -> Answer:
         """See `m.Adopt`."""
@@ -258,14 +229,14 @@ class Fit:
         for index, fd in zip(request.indexes, fds, strict=True):
             shelf.next_index = max(shelf.next_index, index + 1)
             key = (seat.rank, index)
-            if key in self._fds:
+            if key in self._buffers:
                 continue
             try:
                 header = segment.read_header(fd)
             except IntegrityError as error:
                 log.warning("segment %d of rank %d is not taken over: %s", *key[::-1], error)
                 continue
-            self._fds[key] = os.dup(fd)
+            self._buffers.keep(key, os.dup(fd))
             shelf.slots[index] = Slot(header.bulk_size)
             if header.state is GenerationState.SEALED:
                 self.shelf.write(*key, header.tick, header.step)
@@ -280,7 +251,7 @@ class Fit:
             return m.Fetched(None), [], []
         held = self.shelf.members_of(committed[0])
         slots = [self.shelf.rank(rank).slots[i] for rank, i in held.items()]
-        fds = [self._fds[rank, i] for rank, i in held.items()]
+        fds = [self._buffers[key] for key in held.items()]
         return m.Fetched(m.Generation(*committed)), fds, slots
 
     @property
@@ -318,9 +289,8 @@ class Fit:
         held = self.shelf.members_of(tick)
         metas = {}
         for rank, index in held.items():
-            fd = self._fds[rank, index]
             try:
-                metas[rank] = segment.read_meta(fd, segment.read_header(fd))
+                metas[rank] = self._buffers.meta((rank, index))
             except IntegrityError as error:
                 log.warning("rank %d, generation %d: %s", rank, tick, error)
                 self._void(rank, index)
@@ -369,7 +339,12 @@ class Fit:
     def _release(self, rank: int, indexes: list[int]) -> None:
         for index in indexes:
             del self.shelf.rank(rank).slots[index]
-            os.close(self._fds.pop((rank, index)))
+            self._buffers.close((rank, index))
+
+    @property
+    def _memory(self) -> int:
+        """Bytes that the snapshots take."""
+        return sum(s.size for shelf in self.shelf.ranks.values() for s in shelf.slots.values())
 
     def release(self) -> None:
         """Give all memory back."""
@@ -397,7 +372,7 @@ class Fit:
             "committed": newest
             and {"tick": newest.tick, "step": newest.step, "time": self._committed_at},
             "differ": self._differ,
-            "memory": sum(s.size for r in self.shelf.ranks.values() for s in r.slots.values()),
+            "memory": self._memory,
             "progress": [] if self.is_finished else self.board.positions(),
             "persist": self.persister and self.persister.status(),
             "segments": [
@@ -413,7 +388,3 @@ class Fit:
                 for i, s in shelf.slots.items()
             ],
         }
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
