@@ -10,8 +10,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from mnemo.errors import IntegrityError, StorageError
-from mnemo.storage import Checkpoint, CheckpointStore, WriteCancelledError
+from mnemo.errors import IntegrityError, StorageError, WriteCancelledError
+from mnemo.storage import Checkpoint, CheckpointStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -15,6 +15,7 @@
     ├── IntegrityError                    stored bytes are not what was written
     ├── SnapshotError                     a snapshot could not be taken; training goes on
     ├── StorageError (OSError)            the persistent tier failed
+    │   └── WriteCancelledError           a checkpoint was given up, as was asked
     ├── LaunchError                       ``mnemo run`` cannot start or go on
     │   └── CrashLoopError                the same batch fails again and again
     └── FaultNotFiredError (AssertionError)  an injected fault never happened
@@ -73,6 +74,10 @@ class SnapshotError(MnemoError):
 
 class StorageError(MnemoError, OSError):
     """The persistent tier could not be read or written."""
+
+
+class WriteCancelledError(StorageError):
+    """A write was given up because its ``cancel`` event was set; no checkpoint came of it."""
 
 
 class LaunchError(MnemoError):

@@ -27,8 +27,8 @@ from storage_suite import (
     write,
 )
 
-from mnemo.errors import StorageError
-from mnemo.storage import CheckpointStore, WriteCancelledError
+from mnemo.errors import StorageError, WriteCancelledError
+from mnemo.storage import CheckpointStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -60,6 +60,7 @@ PUBLIC: dict[str, set[str]] = {
         "SmpError",
         "SnapshotError",
         "StorageError",
+        "WriteCancelledError",
     },
     "mnemo.faults": {
         "Declaration",
@@ -82,7 +83,6 @@ PUBLIC: dict[str, set[str]] = {
         "CheckpointStore",
         "JsonScalar",
         "Part",
-        "WriteCancelledError",
         "stored_ids",
     },
     "mnemo.types": {"EXIT_OK", "EXIT_STATE_LOST", "EXIT_STATE_SAVED", "GenerationState"},

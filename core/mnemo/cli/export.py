@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mnemo.cli.runs import (
-    ConfigFile,
-    Directory,
-    PersistTo,
-    Run,
-    RunId,
-    connect,
-    find_run,
-    run_directory,
-    stores,
-)
+from mnemo.cli import runs
 from mnemo.errors import ConfigError, NothingToResumeError, SmpError
 from mnemo.transport import auth
 
@@ -43,7 +33,7 @@ class Format(str, Enum):
 
 
 def export(
-    run_id: RunId,
+    run_id: runs.RunId,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", show_default=False, help="The file to write.")
     ],
@@ -70,19 +60,19 @@ def export(
             "that anything is kept of.",
         ),
     ] = None,
-    config: ConfigFile = None,
-    persist_to: PersistTo = None,
-    directory: Directory = None,
+    config: runs.ConfigFile = None,
+    persist_to: runs.PersistTo = None,
+    directory: runs.Directory = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write a run's newest state to a file, also while it is training."""
     chosen = kind or _format_of(out)
     _require_writable(out, force=force)
-    run, url = find_run(run_id, run_directory(directory, config), config, persist_to)
+    run, url = runs.find_run(run_id, directory, config, persist_to)
     if run.problem and origin is not Origin.storage:
         raise SmpError(f"{run.problem}. Use --from storage, or end the snapshot process")
     live = set() if origin is Origin.storage else run.fits
-    stored = stores(run_id, url) if url and origin is not Origin.memory else {}
+    stored = runs.stores(run_id, url) if url and origin is not Origin.memory else {}
     found = next(
         (
             newest
@@ -125,14 +115,14 @@ def _require_writable(out: Path, *, force: bool) -> None:
 
 
 def _newest(
-    run: Run, fit: int, live: bool, store: CheckpointStore | None, step: int | None
+    run: runs.Run, fit: int, live: bool, store: CheckpointStore | None, step: int | None
 ) -> Generation | None:
     """The newest generation of a fit, or that of ``step``; storage's only if that is newer."""
     from mnemo.session.export import from_memory, from_storage
 
     found = None
     if live:
-        with connect(run.paths) as client:
+        with runs.connect(run.paths) as client:
             secret = auth.load_or_create_secret(run.paths.secret)
             found = from_memory(client, fit, secret, step)
     if store is not None:

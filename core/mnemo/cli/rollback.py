@@ -9,18 +9,7 @@ from typing import Annotated, Final
 
 import typer
 
-from mnemo.cli import words
-from mnemo.cli.runs import (
-    ConfigFile,
-    Directory,
-    PersistTo,
-    Run,
-    RunId,
-    connect,
-    find_run,
-    run_directory,
-    stores,
-)
+from mnemo.cli import runs, words
 from mnemo.config import load_config
 from mnemo.errors import NothingToResumeError, RunInUseError, SmpError
 from mnemo.recovery.journal import Journal, journal_path
@@ -61,23 +50,23 @@ class FitPlan:
 
 
 def rollback(
-    run_id: RunId,
+    run_id: runs.RunId,
     *,
     to: Annotated[int, typer.Option(metavar="STEP", min=0, help="The newest step that stays.")],
-    config: ConfigFile = None,
-    persist_to: PersistTo = None,
-    directory: Directory = None,
+    config: runs.ConfigFile = None,
+    persist_to: runs.PersistTo = None,
+    directory: runs.Directory = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Forget what is newer than a step: the next start resumes at what is left."""
-    run, url = find_run(run_id, run_directory(directory, config), config, persist_to)
+    run, url = runs.find_run(run_id, directory, config, persist_to)
     if run.problem:
         raise SmpError(f"run {run_id} is left alone: {run.problem}")
     if run.pids:
         pids = words.listed(run.pids.values())
         raise RunInUseError(f"run {run_id} is training (process {pids}): end it first")
-    found = stores(run_id, url) if url else {}
-    with connect(run.paths) if run.status else nullcontext() as client:
+    found = runs.stores(run_id, url) if url else {}
+    with runs.connect(run.paths) if run.status else nullcontext() as client:
         plans = plan(run, client, found, to)
         _require_something_left(run_id, plans, to)
         _confirm(run_id, plans, url, yes=yes)
@@ -85,7 +74,7 @@ def rollback(
             client.tell(m.Rollback(to), timeout_s=_PERSISTING_S)
     # Listed anew: a checkpoint that was on its way to storage has arrived by now.
     deleted = {
-        fit: _delete(store, to) for fit, store in (stores(run_id, url) if url else {}).items()
+        fit: _delete(store, to) for fit, store in (runs.stores(run_id, url) if url else {}).items()
     }
     journal = Journal(journal_path(load_config(config).run.journal, run_id))
     journal.write(
@@ -109,7 +98,7 @@ def rollback(
 
 
 def plan(
-    run: Run, client: SmpClient | None, found: dict[int, CheckpointStore], to: int
+    run: runs.Run, client: SmpClient | None, found: dict[int, CheckpointStore], to: int
 ) -> list[FitPlan]:
     """What rolling back means for each fit of which there is anything.
 

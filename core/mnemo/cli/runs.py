@@ -157,14 +157,21 @@ def stores(run_id: str, url: str) -> dict[int, CheckpointStore]:
 
 
 def find_run(
-    run_id: str, parent: Path, config: Path | None, persist_to: str | None
+    run_id: str, directory: Path | None, config: Path | None, persist_to: str | None
 ) -> tuple[Run, str]:
     """A run, and the URL of its checkpoints, '' for none. One of the two is enough.
+
+    Args:
+        run_id: The run.
+        directory: See `run_directory`.
+        config: YAML file of settings.
+        persist_to: Where its checkpoints are, if the settings do not say.
 
     Raises:
         ConfigError: The settings cannot be read, or ``persist_to`` is no URL.
         IdentityError: The run is not on this node, and no URL is known.
     """
+    parent = run_directory(directory, config)
     paths = RunPaths.of(run_id, parent)
     run = look(paths) if _is_ours(paths) else Run(paths)
     url = _storage_url(run, persist_to, config)

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 from mnemo.errors import IdentityError, SmpError
@@ -90,12 +90,7 @@ class Link:
         return self._client.pid
 
     def ask(
-        self,
-        request: m.Message,
-        answer: type[R],
-        fds: Sequence[int] = (),
-        *,
-        timeout_s: float = REPLY_TIMEOUT_S,
+        self, request: m.Message, answer: type[R], *, timeout_s: float = REPLY_TIMEOUT_S
     ) -> tuple[R, list[int]]:
         """As `SmpClient.ask`. A dead SMP is replaced, and the request fails all the same.
 
@@ -104,7 +99,7 @@ class Link:
         """
         client = self._client
         try:
-            return client.ask(request, answer, fds, timeout_s=timeout_s)
+            return client.ask(request, answer, timeout_s=timeout_s)
         except ConnectionLostError as error:
             self._replace(client, str(error))
             raise

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from mnemo.storage._listing import stored_ids
 from mnemo.storage._marker import Checkpoint, JsonScalar, Part
-from mnemo.storage._store import CheckpointStore, WriteCancelledError
+from mnemo.storage._store import CheckpointStore
 
 __all__ = [
     "Checkpoint",
     "CheckpointStore",
     "JsonScalar",
     "Part",
-    "WriteCancelledError",
     "stored_ids",
 ]

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from mnemo.clock import Clock, SystemClock
-from mnemo.errors import ConfigError, IntegrityError, StorageError
+from mnemo.errors import ConfigError, IntegrityError, StorageError, WriteCancelledError
 from mnemo.storage._errors import ErrorTranslator
 from mnemo.storage._marker import (
     MARKER,
@@ -39,10 +39,6 @@ _CHUNK: Final = 4 << 20
 _MAX_STEP: Final = 10**12 - 1
 _STEP_DIRECTORY = re.compile(r"^step-(\d{12})$")
 _SAFE_NAME = re.compile(PART_NAME)
-
-
-class WriteCancelledError(StorageError):
-    """A write was given up because its ``cancel`` event was set; no checkpoint came of it."""
 
 
 class CheckpointStore:
