@@ -114,6 +114,10 @@ class Keeper:
             )
             persist = m.PersistSettings(url, config.persist.every, config.persist.keep)
         self._persist = persist
+        self._storage: StorageSource | None = None
+        if persist is not None:
+            name = store_id(identity.run_id, fit)
+            self._storage = StorageSource(persist, name, place.rank, place.members)
         join = m.Join(fit, place.rank, place.members, config.snapshot.keep_alive, persist)
         self._link = Link(
             self.paths, join, on_loss=lambda words: self.degraded("smp replaced", words)
@@ -201,7 +205,7 @@ class Keeper:
         """
         self._link.ask(m.Resume(NOTHING), m.Done)
         self._reached = 0
-        stored = self._storage().newest_tick() if self._persist is not None else NOTHING
+        stored = self._storage.newest_tick() if self._storage is not None else NOTHING
         _, newest = self.place.agree(stored)
         every = self.config.snapshot.every or 1
         self._base = -(-(newest // 2 + 1) // every) * every
@@ -225,20 +229,15 @@ class Keeper:
     def _find(self) -> Candidate | None:
         memory = MemorySource(self._link, self.place.rank, self._secret)
         found = newest_common(memory, self.place.agree)
-        if self._persist is not None:
+        if self._storage is not None:
             newer_than = found.tick if found else NOTHING
-            stored = newest_common(self._storage(), self.place.agree, newer_than)
+            stored = newest_common(self._storage, self.place.agree, newer_than)
             found = stored or found
         return found
 
     def _is_of_this_launch(self, found: Candidate) -> bool:
         """Whether an earlier life of this very launch began what was found, and then crashed."""
         return self._launch != "" and found.identity.get("launch") == self._launch
-
-    def _storage(self) -> StorageSource:
-        assert self._persist is not None
-        name = store_id(self.identity.run_id, self.fit)
-        return StorageSource(self._persist, name, self.place.rank, self.place.members)
 
     def announce(self, restored: Restored | None, *, exact: bool = True, note: str = "") -> None:
         """The line that every start prints, and the journal's record of it. Rank 0 only."""
@@ -285,8 +284,16 @@ class Keeper:
             report.say(
                 f"{report.size(total)} of {report.size(limit.total)} {limit.bound} memory for "
                 f"snapshots · survives {', '.join(survived)} · not the loss of the node"
-                + (f": {self._persist.url} does" if self._persist else " (persist.to is not set)")
+                f"{self._beyond_the_node()}"
             )
+
+    def _beyond_the_node(self) -> str:
+        """What survives it; for the start line."""
+        if self._persist is None or self._storage is None:
+            return " (persist.to is not set)"
+        if not self._storage.takes_checkpoints():
+            return f", for {self._persist.url} cannot be used"
+        return f": {self._persist.url} does"
 
     def _lead(self, boundary: int) -> None:
         if self.place.local_rank == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from mnemo.errors import IntegrityError, MnemoError, StorageError
@@ -90,8 +91,24 @@ class StorageSource:
     """Checkpoints of the persistent tier."""
 
     def __init__(self, settings: m.PersistSettings, store_id: str, rank: int, members: int) -> None:
-        self._store = CheckpointStore(settings.url, run_id=store_id, keep=settings.keep)
+        self._settings, self._id = settings, store_id
         self._rank, self._members = rank, members
+        self._failure = ""
+        """Why it is not used any more: one that cannot be reached costs its time-out once."""
+
+    @cached_property
+    def _store(self) -> CheckpointStore:
+        settings = self._settings
+        return CheckpointStore(settings.url, run_id=self._id, keep=settings.keep)
+
+    def takes_checkpoints(self) -> bool:
+        """Whether a checkpoint can be written there, found out by trying; warns if not."""
+        if not self._failure:
+            try:
+                self._store.try_write()
+            except StorageError as error:
+                self._failed(f"no checkpoint can be written: {error}")
+        return not self._failure
 
     def newest(self, below: int | None, newer_than: int) -> Candidate | None:
         """See `StateSource`. Storage that cannot be reached counts as empty, with a warning."""
@@ -111,11 +128,18 @@ class StorageSource:
 
     def _by_tick(self) -> list[Checkpoint]:
         """Checkpoints, newest first: a run begun anew goes on counting ticks, not steps."""
+        if self._failure:
+            return []
         try:
             return sorted(self._store.checkpoints(), key=_tick, reverse=True)
         except StorageError as error:
-            log.warning("no checkpoint is looked for: %s", error)
+            self._failed(f"no checkpoint is looked for: {error}")
             return []
+
+    def _failed(self, words: str) -> None:
+        """Give it up, and say so for all ranks."""
+        self._failure = words
+        log.log(logging.WARNING if self._rank == 0 else logging.DEBUG, "%s", words)
 
     def _read(self, checkpoint: Checkpoint) -> Candidate:
         if checkpoint.meta.get("members") != self._members:

@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 _CHUNK: Final = 4 << 20
 _MAX_STEP: Final = 10**12 - 1
 _STEP_DIRECTORY = re.compile(r"^step-(\d{12})$")
+_TRIAL: Final = "trial"
 _SAFE_NAME = re.compile(PART_NAME)
 
 
@@ -223,6 +224,17 @@ class CheckpointStore:
                 f"{shown} is not what was written: it is truncated or damaged; use another "
                 f"checkpoint (expected {part.size} bytes with xxh3_128 {part.digest})"
             )
+
+    def try_write(self) -> None:
+        """Writes an empty file and deletes it.
+
+        Raises:
+            StorageError: A checkpoint could not be written either.
+        """
+        path = f"{self._root}/{_TRIAL}"
+        self._write_file(path, (), _TRIAL)
+        with self._errors.during("delete", path):
+            self._fs.rm_file(path)
 
     def delete(self, step: int) -> None:
         """Deletes the checkpoint of ``step``, or what there is of it; its marker first.
