@@ -25,6 +25,7 @@ from mnemo.config.sources import (
     read_overrides,
     value_text,
 )
+from mnemo.config.uncaught import leave_to_agent
 from mnemo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def load_config(
     An argument or override wins over the environment, that over the file, and that over the
     default. ``null`` puts a setting back to its default.
 
+    In a rank of ``mnemo run``, a `ConfigError` that nobody catches is said by that in one line.
+
     Args:
         file: YAML file; None takes the one that MNEMO_CONFIG names, if any.
         overrides: Words of a command line, ``section.key=value``. They win over `sections`.
@@ -94,6 +97,7 @@ def load_config(
         ConfigError: The file cannot be read, a key is unknown, a value is not accepted, or two
             settings exclude each other. The message names key, value and place.
     """
+    leave_to_agent()
     environ = os.environ if environ is None else environ
     file = file or environ.get(CONFIG_VARIABLE)
     given: dict[str, Given] = {}

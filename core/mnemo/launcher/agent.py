@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from mnemo.clock import Clock, SystemClock
 from mnemo.config import format_duration
+from mnemo.config.uncaught import EXIT_USAGE
 from mnemo.errors import CrashLoopError, LaunchError
 from mnemo.launcher.cause import OomWatch, describe, is_refusal
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
@@ -298,10 +299,13 @@ class Agent:
         worker = life.workers[failed.rank]
         position = self._hooks.position()
         decision: str = self._policy.after_failure(position)
-        if decision == "restart" and is_refusal(worker.log.tail):
+        refusal = next((text for each in life.workers if (text := each.refusal())), "")
+        if decision == "restart" and (refusal or is_refusal(worker.log.tail)):
             decision = "refused"
         out_of_memory = self._oom.struck()
         cause = _cause(failed, worker, out_of_memory=out_of_memory)
+        if refusal:
+            cause = f"found a wrong setting ({refusal})"
         code = failed.code if failed.code > 0 else 128 - failed.code if failed.code else 1
         self._journal.write(
             "failure",
@@ -317,6 +321,9 @@ class Agent:
             position=position,
             decision=decision,
         )
+        if refusal:
+            self._terminal.say(refusal)
+            return Ended(EXIT_USAGE)
         options = self._options
         many = f"all {options.ranks} ranks restart" if options.ranks > 1 else "it restarts"
         limit = _count(options.max_restarts, "restart")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import psutil
 
+from mnemo.config.uncaught import AGENT_VARIABLE, REFUSAL_VARIABLE
 from mnemo.errors import LaunchError
 from mnemo.launcher.output import RankLog, RankStream
 
@@ -72,7 +73,7 @@ def rank_environ(
         "TORCHELASTIC_MAX_RESTARTS": str(options.max_restarts),
         "TORCHELASTIC_RUN_ID": options.torch_run_id or options.run_id,
         "MNEMO_RUN_ID": options.run_id,
-        "MNEMO_AGENT": f"{os.getpid()}-{psutil.Process().create_time():.2f}",
+        AGENT_VARIABLE: f"{os.getpid()}-{psutil.Process().create_time():.2f}",
     }
     environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     return environ
@@ -139,12 +140,16 @@ class Worker:
         self.rank = rank
         self._on_exit = on_exit
         pipes = {"stdout": os.pipe(), "stderr": os.pipe()}
-        error_file = {"TORCHELASTIC_ERROR_FILE": str(log_dir / f"rank-{rank}.error.json")}
+        self._refusal = log_dir / f"rank-{rank}.refusal"
+        files = {
+            "TORCHELASTIC_ERROR_FILE": str(log_dir / f"rank-{rank}.error.json"),
+            REFUSAL_VARIABLE: str(self._refusal),
+        }
         try:
             self.log = RankLog(log_dir / f"rank-{rank}.log", terminal)
             self._process = subprocess.Popen(
                 options.command,
-                env={**environ, **error_file},
+                env={**environ, **files},
                 stdin=subprocess.DEVNULL,
                 stdout=pipes["stdout"][1],
                 stderr=pipes["stderr"][1],
@@ -176,6 +181,13 @@ class Worker:
     def pid(self) -> int:
         """Its process and process group."""
         return self._process.pid
+
+    def refusal(self) -> str:
+        """The wrong setting that its script ended with, in words; empty if it is not that."""
+        try:
+            return self._refusal.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
 
     def send(self, number: int) -> None:
         """Send a signal to the rank alone: its loader workers are its own business."""
