@@ -750,8 +750,7 @@ def test_a_long_run_directory() -> None:
         rank.close()
     finally:
         smp_lab.end(paths)
-        (base / ("d" * 90) / ("e" * 90)).rmdir()
-        (base / ("d" * 90)).rmdir()
+    assert list(base.iterdir()) == []
 
 
 def test_one_that_cannot_start_says_why(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:

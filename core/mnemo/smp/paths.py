@@ -81,6 +81,11 @@ class RunPaths:
         return self.directory / "secret"
 
     @property
+    def made(self) -> Path:
+        """Names the topmost of the parents that were made along with the directory, if any."""
+        return self.directory / "made"
+
+    @property
     def log(self) -> Path:
         """What the SMP has to say."""
         return self.directory / "smp.log"
@@ -92,10 +97,10 @@ class RunPaths:
 
         Raises:
             SmpError: It or its parent is not ours, or not a directory, or cannot be made.
+            FileNotFoundError: Somebody has just removed what was there: try again.
         """
         parent = self.directory.parent
-        _make(parent)
-        _make(self.directory)
+        made = _make(self.directory)
         found, above = self.directory.lstat(), parent.stat()
         for directory, owners in (
             (parent, {parent.lstat().st_uid, above.st_uid}),
@@ -119,6 +124,16 @@ class RunPaths:
             )
         if found.st_mode & 0o077:
             self.directory.chmod(0o700)
+        top = self._topmost_made()
+        if made and made[0] != self.directory and (top is None or made[0] in top.parents):
+            self.made.write_bytes(os.fsencode(made[0]))
+
+    def _topmost_made(self) -> Path | None:
+        try:
+            top = Path(os.fsdecode(self.made.read_bytes()))
+        except OSError:
+            return None
+        return top if top in self.directory.parents else None
 
     def read_record(self) -> SmpRecord | None:
         """The running SMP's record, or None."""
@@ -128,28 +143,43 @@ class RunPaths:
             return None
 
     def remove(self) -> None:
-        """Delete everything, and the parent if it is the default one and now empty."""
-        for path in (self.socket, self.record, self.secret, self.log, self.lock):
+        """Delete everything, and of the parents those that mnemo made and that are empty now."""
+        last = self._topmost_made()
+        if last is None:
+            parent = self.directory.parent
+            last = parent if parent == default_parent() else self.directory
+        for path in (self.socket, self.record, self.secret, self.log, self.made, self.lock):
             path.unlink(missing_ok=True)
-        for directory in (self.directory, self.directory.parent):
-            if directory == self.directory or directory == default_parent():
-                try:
-                    directory.rmdir()
-                except OSError:
-                    return
+        for directory in (self.directory, *self.directory.parents):
+            try:
+                directory.rmdir()
+            except OSError:
+                return
+            if directory == last:
+                return
 
 
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except FileExistsError:
-        if directory.is_symlink():
-            return  # `RunPaths.make` says what is wrong with it
-        raise SmpError(
-            f"the run directory {directory} is not a directory: remove it or set run.dir"
-        ) from None
-    except OSError as error:
-        raise SmpError(
-            f"the run directory {directory} cannot be made: {error.strerror}. "
-            "Set run.dir to a directory on a local file system"
-        ) from error
+def _make(directory: Path) -> list[Path]:
+    """Make a directory and what is missing above it, each 0700; what was made, topmost first."""
+    made = []
+    for path in reversed((directory, *directory.parents)):
+        try:
+            if not path.is_dir():
+                path.mkdir(mode=0o700)
+                made.append(path)
+        except FileExistsError:
+            if path.is_dir():
+                continue  # another process was faster
+            if path == directory and path.is_symlink():
+                break  # `RunPaths.make` says what is wrong with it
+            raise SmpError(
+                f"the run directory {path} is not a directory: remove it or set run.dir"
+            ) from None
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not path.parent.exists():
+                raise  # it was there a moment ago
+            raise SmpError(
+                f"the run directory {directory} cannot be made: {error.strerror}. "
+                "Set run.dir to a directory on a local file system"
+            ) from error
+    return made
