@@ -33,7 +33,8 @@ LINGER_S: Final = 1.0
 """How long an SMP with nothing left to keep waits for a next fit of the same process."""
 ADMISSION_S: Final = 30.0
 """How long a client may take to prove itself."""
-_FIRST_JOIN_S: Final = 60.0
+_UNCOMMITTED_S: Final = 60.0
+"""How long one that holds nothing to resume from waits for ranks: some join late."""
 _BREATHER_S: Final = 0.1
 
 _OF_SEATED: Final[dict[type[m.Message], Callable[[Fit, Seat, Any], Awaitable[Answer]]]] = {
@@ -132,12 +133,18 @@ class Server:
         ):
             self._idle_since = self._clock.monotonic()
             return math.inf
-        keep = LINGER_S if all(f.is_finished for f in self._fits.values()) else self._keep_alive_s
-        if not self._fits and not self._attended:
-            keep = min(_FIRST_JOIN_S, self._keep_alive_s)
-        left = self._idle_since + keep - self._clock.monotonic()
+        left = self._idle_since + self._patience() - self._clock.monotonic()
         # A tool that looks on does not prolong the run's life, but is answered to its end.
         return max(left, LINGER_S) if self._clients else left
+
+    def _patience(self) -> float:
+        """Seconds to wait for the next rank while none is there, nor who would start one."""
+        unfinished = [fit for fit in self._fits.values() if not fit.is_finished]
+        if any(fit.newest for fit in unfinished):
+            return self._keep_alive_s
+        if self._attended or (self._fits and not unfinished):
+            return LINGER_S
+        return min(_UNCOMMITTED_S, self._keep_alive_s)
 
     # --- connections --------------------------------------------------------------------------
 
@@ -220,7 +227,7 @@ class Server:
         """The client is gone, or as good as; harmless a second time."""
         self._clients.discard(client)
         client.read([])
-        if client.joined:
+        if client.joined or client.attends:
             self._idle_since = self._clock.monotonic()
         if client.seat is not None:
             client.seat.fit.vacate(client.seat)
