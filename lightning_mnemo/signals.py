@@ -22,14 +22,11 @@ class StopSignals:
         self._request_stop = request_stop
         self._before: dict[int, Any] = {}
 
-    def install(self) -> None:
-        """Take the signals over. Slurm's own signal stays Lightning's, which requeues by it."""
+    def install(self, trainer: pl.Trainer) -> None:
+        """Take the signals over, but for the one at which Lightning requeues a Slurm job."""
         if threading.current_thread() is not threading.main_thread():
             return
-        wanted = [signal.SIGTERM]
-        if not SLURMEnvironment.detect():
-            wanted.append(signal.SIGUSR1)
-        for number in wanted:
+        for number in {signal.SIGTERM, signal.SIGUSR1} - {_requeues_at(trainer)}:
             self._before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -41,6 +38,15 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+def _requeues_at(trainer: pl.Trainer) -> int | None:
+    """The signal at which Lightning saves a checkpoint itself and calls ``scontrol requeue``."""
+    connector = trainer._accelerator_connector  # type: ignore[attr-defined]
+    environment = connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None
 
 
 def leave(trainer: pl.Trainer, keeper: Keeper) -> NoReturn:

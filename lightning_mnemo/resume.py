@@ -1,0 +1,186 @@
+"""From the snapshot that was found to the first batch that goes on from it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+
+from lightning_mnemo import loops
+from lightning_mnemo.checks import optimizers_differ
+from lightning_mnemo.data import DataPosition
+from lightning_mnemo.extras import Extras
+from lightning_mnemo.metrics import restore_metrics
+from lightning_mnemo.outputs import Outputs
+from mnemo.session.keeper import Keeper, Restored
+from mnemo.session.report import say
+from mnemo.snapshot.rng import restore_rng
+
+
+class Resume:
+    """Of one fit, on every rank: each step of Lightning's own restoring, and what it lacks."""
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        keeper: Keeper,
+        restored: Restored | None,
+        *,
+        seed_samples: bool,
+    ) -> None:
+        """Prepare; nothing is restored yet.
+
+        Args:
+            trainer: Whose fit it is.
+            keeper: Found ``restored``.
+            restored: None begins anew.
+            seed_samples: See `run.seed_samples`.
+        """
+        self._trainer = trainer
+        self._keeper = keeper
+        self._order_unchecked = False
+        self.restored = restored
+        """What is to be gone on from; None once that is done."""
+        self.data = DataPosition(trainer, seed_samples=seed_samples)
+        self.outputs = Outputs(trainer)
+        if restored is not None:
+            self.data.resume_from(restored.state["data"])
+            self.outputs.let_rewrite()
+
+    def install(self, hooks: loops.LoopHooks) -> None:
+        """Follow Lightning while it makes loaders and restores."""
+        trainer = self._trainer
+        hooks.around(trainer.strategy, "process_dataloader", self._around_process_dataloader)
+        hooks.around(trainer.strategy, "load_optimizer_state_dict", self._around_load_optimizers)
+        hooks.around(trainer.fit_loop, "setup_data", self._around_setup_data)
+        hooks.around(trainer._checkpoint_connector, "resume_start", self._around_resume_start)
+
+    def _around_process_dataloader(
+        self, trainer: pl.Trainer, original: Callable[[Any], Any], loader: Any
+    ) -> Any:
+        loader = original(loader)
+        return self.data.adopt(loader) if trainer.training else loader
+
+    def _around_setup_data(self, trainer: pl.Trainer, original: Callable[[], None]) -> None:
+        if trainer.fit_loop._combined_loader is None or trainer.fit_loop._should_reload_train_dl:
+            self.data.reset()
+        with loops.as_of_epoch(trainer, self.data.loaded_in_epoch):
+            original()
+
+    def _around_load_optimizers(
+        self, trainer: pl.Trainer, original: Callable[[Any], None], checkpoint: Any
+    ) -> None:
+        try:
+            original(checkpoint)
+        except (ValueError, KeyError) as error:
+            if self.restored is None:
+                raise
+            raise optimizers_differ(
+                self.restored.step, self._keeper.identity.run_id, error
+            ) from error
+
+    def _around_resume_start(
+        self,
+        trainer: pl.Trainer,
+        original: Callable[..., None],
+        checkpoint_path: Any = None,
+        **options: Any,
+    ) -> None:
+        """Lightning asks what to resume from."""
+        original(checkpoint_path, **options)
+        if checkpoint_path:
+            self._weigh(str(checkpoint_path))
+        restored = self.restored
+        if restored is None:
+            self._keeper.forget()
+            return
+        self._keeper.accept(
+            restored,
+            trainer.strategy.lightning_module_state_dict(),
+            ["checkpoint.state_dict."],
+        )
+        self.outputs.adopt(restored.state["outputs"])
+        checkpoint = loops.without_loader_states(restored.state["checkpoint"])
+        if loops.finished_progress(trainer, checkpoint):
+            checkpoint["loops"] = loops.before_the_end(checkpoint["loops"])
+        trainer._checkpoint_connector._loaded_checkpoint = checkpoint
+        warnings.filterwarnings(
+            "ignore", message="You're resuming from a checkpoint that ended before"
+        )
+
+    def _weigh(self, path: str) -> None:
+        """Lightning has loaded a checkpoint, too: give the snapshot up if that one counts more.
+
+        One that the user named does, unless it was for the start that an agent now repeats. One
+        that Lightning found by itself does if it is newer.
+        """
+        step = self._trainer._checkpoint_connector._loaded_checkpoint["global_step"]
+        restored = self.restored
+        if restored is None:
+            why = f"there is no snapshot: Lightning goes on from {path}, step {step}"
+        elif path in _found_by_lightning(self._trainer):
+            if restored.step >= step:
+                return
+            why = (
+                f"Lightning goes on from {path}, step {step}: the snapshot in {restored.origin} "
+                f"is of step {restored.step} and is given up"
+            )
+        elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0:
+            return
+        else:
+            why = (
+                f"fit(ckpt_path={path!r}) was asked for: the snapshot of step {restored.step} in "
+                f"{restored.origin} is given up"
+            )
+        if self._trainer.is_global_zero:
+            say(why)
+        self.restored = None
+        self.data.forget()
+
+    def go_on(self, fetcher: Any, extras: Extras) -> Restored | None:
+        """The iterator of an epoch is there, nothing fetched: be where the snapshot was."""
+        restored, self.restored = self.restored, None
+        if restored is None:
+            return None
+        trainer, data, state = self._trainer, self.data, restored.state
+        loops.restore_progress(trainer, state["checkpoint"]["loops"])
+        loops.end_restart(trainer)
+        data.catch_up(fetcher)
+        restore_metrics(trainer, state["metrics"])
+        self.outputs.show_epoch()
+        extras.restore(state["extras"], state["checkpoint"]["optimizer_states"])
+        self._order_unchecked = True
+        restore_rng(restored.rng)
+        notes = ["validation is repeated"] if state["validation_pending"] else []
+        self._keeper.announce(
+            restored, exact=not data.note, note="; ".join([*notes, *filter(None, [data.note])])
+        )
+        return restored
+
+    def check_order(self) -> None:
+        """The first batch of a resumed epoch is there: its sampler has drawn everything again."""
+        if not self._order_unchecked:
+            return
+        self._order_unchecked = False
+        if verdict := self.data.verdict():
+            keeper = self._keeper
+            say(f"not exact: {verdict}")
+            keeper.journal.write(
+                "degraded",
+                run=keeper.identity.run_id,
+                rank=keeper.place.rank,
+                kind="order",
+                text=verdict,
+            )
+
+
+def _found_by_lightning(trainer: pl.Trainer) -> set[str]:
+    """Paths that a fit without ``ckpt_path`` resumes from: of a requeued job, or of an error."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = {str(c.ckpt_path) for c in callbacks if isinstance(c, OnExceptionCheckpoint)}
+    requeued = trainer._checkpoint_connector._hpc_resume_path
+    return found if requeued is None else {*found, requeued}
