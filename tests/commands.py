@@ -6,8 +6,8 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from mnemo.cli import main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from warm import Life, Zygote
 
 SCRIPT = Path(__file__).parent / "scripts" / "session_small.py"
 
@@ -57,25 +59,22 @@ def status_of(run_id: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def holding(run_id: str, *steps: int, **environ: str) -> Iterator[subprocess.Popen[str]]:
+def holding(zygote: Zygote, run_id: str, *steps: int, **environ: str) -> Iterator[Life]:
     """A run of `scripts/session_small.py` that holds at the last of ``steps``, one for each fit.
 
     Killed at the end of the block, which leaves its state in memory.
     """
-    with subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--hold-at", *map(str, steps)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MNEMO_RUN_ID": run_id, **environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line == f"holding {steps[-1]}\n":
-                    break
-            else:
-                raise AssertionError(process.stderr and process.stderr.read())
-            yield process
-        finally:
-            process.kill()
+    reading, writing = map(os.fdopen, os.pipe(), "rw")
+    words = ["--hold-at", *steps]
+    environ["MNEMO_RUN_ID"] = run_id
+    with (
+        reading,
+        writing,
+        tempfile.TemporaryFile("w+") as err,
+        zygote.start(SCRIPT, *words, out=writing, err=err, environ=environ) as life,
+    ):
+        writing.close()
+        if f"holding {steps[-1]}\n" not in iter(reading.readline, ""):
+            err.seek(0)
+            raise AssertionError(err.read())
+        yield life

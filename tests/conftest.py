@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import random
+import sys
 import zlib
 from typing import TYPE_CHECKING
 
 import leaks
 import pytest
+from hypothesis import settings
+from lightning_client import Lab
+from warm import Zygote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm_up(tmp_path_factory: pytest.TempPathFactory) -> None:
     tmp_path_factory.getbasetemp()  # before any test gets a temporary directory of its own
     leaks.warm_up()
+    gc.collect()
+    gc.freeze()  # what is imported is no garbage: collecting after each test costs little
 
 
 @pytest.fixture(autouse=True)
@@ -27,13 +38,35 @@ def no_leaks(_warm_up: None) -> Iterator[None]:
     """
     with leaks.watch() as left:
         yield
+        # What a test leaves to the collector warns here; a failed one's variables would be
+        # held by its exception until the next test, and warn there.
+        for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+            vars(sys).pop(name, None)
+        gc.collect()
     if left:
         pytest.fail("left behind:\n" + "\n".join(f"  {trace}" for trace in left), pytrace=False)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Seed fixed per test, or MNEMO_TEST_SEED; shown when the test fails."""
+    """Seed of all generators, fixed per test, or MNEMO_TEST_SEED; shown when the test fails."""
     value = int(os.environ.get("MNEMO_TEST_SEED") or zlib.crc32(request.node.nodeid.encode()))
     print(f"seed {value}; repeat with MNEMO_TEST_SEED={value}")
+    random.seed(value)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(value)
     return value
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """The process that lives are forked from: what it imports takes seconds."""
+    made = Zygote()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def lab(zygote: Zygote) -> Lab:
+    """Runs Lightning cases."""
+    return Lab(zygote)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import functools
 import json
 import os
+import select
 import socket
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import warm
 
 from mnemo.faults import Declaration, Fault, Hook
 from mnemo.recovery import journal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from warm import Zygote
 
 LAB = Path(__file__).parent / "scripts" / "lightning_lab.py"
 KILLED = -9
@@ -48,48 +54,42 @@ class Life:
 
 
 class Lab:
-    """The process that lives are forked from."""
+    """Runs cases, each rank a process of its own that is forked from the zygote."""
 
-    def __init__(self) -> None:
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-        self._process = subprocess.Popen(
-            [sys.executable, str(LAB)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environ,
-        )
-        self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the lab died"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+    def __init__(self, zygote: Zygote) -> None:
+        self._zygote = zygote
 
     def life(
         self,
         case: str,
         out: Path,
         *,
+        ranks: int = 1,
+        mnemo: bool = True,
+        settings: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Life:
+        """One life of a case of `scripts/lightning_cases.py`; see `script` for the options."""
+        request = {"case": case, "ranks": ranks, "mnemo": mnemo, "settings": settings or {}}
+        return self.script(out, LAB, json.dumps(request), ranks=ranks, **options)
+
+    def script(
+        self,
+        out: Path,
+        *command: object,
         run_id: str = "",
         ranks: int = 1,
         faults: Declaration | None = None,
-        mnemo: bool = True,
-        settings: dict[str, Any] | None = None,
         **environ: str,
     ) -> Life:
-        """One process (per rank) from start to end."""
+        """One process (per rank) from start to end; when one is killed, so are the others."""
         out.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, **environ, "OMP_NUM_THREADS": "1"}
-        env.pop("PYTEST_CURRENT_TEST", None)
         if run_id:
-            env["MNEMO_RUN_ID"] = run_id
+            environ["MNEMO_RUN_ID"] = run_id
         if faults is not None:
-            env.update(faults.environ())
+            environ.update(faults.environ())
         if ranks > 1:
-            env.update(
+            environ.update(
                 WORLD_SIZE=str(ranks),
                 LOCAL_WORLD_SIZE=str(ranks),
                 MASTER_ADDR="127.0.0.1",
@@ -97,58 +97,48 @@ class Lab:
                 TORCHELASTIC_RUN_ID="none",
                 GROUP_RANK="0",
             )
-        before = [self._said(out, rank) for rank in range(ranks)]
-        request = {
-            "case": case,
-            "out": str(out),
-            "env": env,
-            "ranks": ranks,
-            "mnemo": mnemo,
-            "settings": settings or {},
-        }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        self._answer()
-        codes = self._answer()["codes"]
-        after = [self._said(out, rank) for rank in range(ranks)]
-        return Life(codes, [a[len(b) :] for a, b in zip(after, before, strict=True)])
-
-    @staticmethod
-    def _said(out: Path, rank: int) -> str:
-        file = out / f"rank-{rank}.err"
-        return file.read_text(errors="replace") if file.exists() else ""
+        with contextlib.ExitStack() as stack:
+            lives, errors, starts = [], [], []
+            for rank in range(ranks):
+                if ranks > 1:
+                    environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+                sink = stack.enter_context((out / f"rank-{rank}.out").open("a"))
+                errors.append(stack.enter_context((out / f"rank-{rank}.err").open("a+")))
+                starts.append(errors[-1].tell())
+                started = self._zygote.start(
+                    *command, out=sink, err=errors[-1], cwd=out, environ=environ
+                )
+                lives.append(stack.enter_context(started))
+            running = set(lives)
+            while running:
+                ended, _, _ = select.select(running, [], [], warm.TIMEOUT_S)
+                assert ended, f"still running after {warm.TIMEOUT_S} s: {out.name}"
+                for life in ended:
+                    running.remove(life)
+                    if life.wait() < 0:
+                        for other in running:
+                            other.kill()
+            for error, start in zip(errors, starts, strict=True):
+                error.seek(start)
+            return Life([life.wait() for life in lives], [error.read() for error in errors])
 
     def lives(self, case: str, out: Path, faults: tuple[Fault, ...], **options: Any) -> list[Life]:
         """As many as it takes until the case ends by itself; every fault has happened."""
-        declared = Declaration(faults, str(out.with_suffix(".fired")))
-        found: list[Life] = []
-        while True:
-            life = self.life(
-                case, out, run_id=options.pop("run_id", out.name), faults=declared, **options
-            )
-            options.setdefault("run_id", out.name)
-            found.append(life)
-            if all(code >= 0 for code in life.codes):
-                assert life.codes == [0] * len(life.codes), life.said
-                declared.assert_fired()
-                return found
-            assert len(found) <= len(faults), life.said
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=20)
-        self._process.stdout.close()
+        return until_it_ends(functools.partial(self.life, case, out, **options), out, faults)
 
 
-@functools.cache
-def shared_lab() -> Lab:
-    """The one of this test session: what it imports takes seconds."""
-    made = Lab()
-    atexit.register(made.close)
-    return made
+def until_it_ends(live: Callable[..., Life], out: Path, faults: tuple[Fault, ...]) -> list[Life]:
+    """Lives of the run that is named as ``out``, until it ends by itself; every fault happened."""
+    declared = Declaration(faults, str(out.with_suffix(".fired")))
+    found: list[Life] = []
+    while True:
+        life = live(run_id=out.name, faults=declared)
+        found.append(life)
+        if all(code >= 0 for code in life.codes):
+            assert life.codes == [0] * len(life.codes), life.said
+            declared.assert_fired()
+            return found
+        assert len(found) <= len(faults), life.said
 
 
 def rows(out: Path, rank: int = 0) -> dict[tuple[Any, ...], dict[str, Any]]:

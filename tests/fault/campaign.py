@@ -17,17 +17,15 @@ import psutil
 from mnemo.faults import Declaration, Fault, Fired, Hook
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "lightning_small.py"
+FLAGS = ("--width=4096",)  # large enough that either rank has chunks to copy
 RUN_LIMIT_S = 540
 
 
-def train(
-    out: Path, *flags: str, declared: Declaration | None = None, strikes: bool = False
-) -> None:
+def train(out: Path, declared: Declaration | None = None, *, strikes: bool = False) -> None:
     """One run of two ranks under ``mnemo run``, restarted as often as it is killed."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", **(declared.environ() if declared else {})}
     words = ["--nproc-per-node=2", "--max-restarts=1000", str(SCRIPT), "--ranks=2", f"--out={out}"]
-    words += ["--width=4096"]  # large enough that either rank has chunks to copy
-    command = [sys.executable, "-c", "from mnemo.cli import main; main()", "run", *words, *flags]
+    command = [sys.executable, "-c", "from mnemo.cli import main; main()", "run", *words, *FLAGS]
     log = out.with_suffix(".log")
     with log.open("wb") as sink:
         process = subprocess.Popen(command, env=environ, stdout=sink, stderr=subprocess.STDOUT)

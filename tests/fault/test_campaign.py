@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
-from campaign import assert_same, by_phase, hooks, train
+from campaign import FLAGS, SCRIPT, assert_same, by_phase, hooks, train
+from lightning_client import Lab, records, until_it_ends
 
-from mnemo.faults import PHASES, Declaration, Fault, random_faults, random_instants
-from mnemo.recovery.journal import read
+from mnemo.faults import PHASES, Declaration, random_faults, random_instants
 
 STEPS = 30  # of 3 epochs, 20 batches per rank and epoch, accumulated over 2
 
 
-def run_campaign(tmp_path: Path, faults: list[Fault], *, strikes: bool) -> Declaration:
-    train(tmp_path / "undisturbed")
-    declared = Declaration(tuple(faults), record=str(tmp_path / "fired"))
-    train(tmp_path / "disturbed", declared=declared, strikes=strikes)
-    declared.assert_fired()
-    assert_same(tmp_path / "undisturbed", tmp_path / "disturbed")
-    return declared
-
-
-def recoveries(journal: Path) -> list[dict[str, object]]:
-    """Records of all journals in a directory."""
-    return [r for file in journal.glob("*.jsonl") for r in read(file) if r["event"] == "recovery"]
-
-
-def test_killed_in_each_phase(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_in_each_phase(lab: Lab, tmp_path: Path, seed: int) -> None:
     """The short campaign: one SIGKILL in each named phase."""
-    monkeypatch.setenv("MNEMO_RUN__JOURNAL", str(tmp_path / "journal"))
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    live = functools.partial(lab.script, ranks=2)
+    words = [SCRIPT, "--ranks=2", "--out=.", *FLAGS]
+    assert live(undisturbed, *words).codes == [0, 0]
     faults = hooks(random_faults(seed, len(PHASES), ranks=2, steps=range(2, STEPS - 6)))
-    declared = run_campaign(tmp_path, faults, strikes=False)
-    assert set(by_phase(declared.fired())) == set(PHASES)
-    kept = [r for r in recoveries(tmp_path / "journal") if r["rung"] == "snapshot"]
-    assert len(kept) == len(PHASES)
-    assert all(int(str(r["steps_lost"])) <= 1 and r["exact"] for r in kept)
+    lives = until_it_ends(functools.partial(live, disturbed, *words), disturbed, tuple(faults))
+    assert len(lives) == len(PHASES) + 1
+    assert_same(undisturbed, disturbed)
+    kept = [r for r in records("disturbed") if r["event"] == "recovery"]
+    assert [r["rung"] for r in kept] == ["snapshot"] * len(PHASES)
+    assert all(r["exact"] for r in kept)
+    assert all(r["steps_lost"] <= 2 for r in kept)  # a copy that is done may not be sealed yet
 
 
 @pytest.mark.campaign

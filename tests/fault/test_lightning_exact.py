@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning_client import Lab, assert_same, kill_at, records, rows, shared_lab
+from lightning_client import Lab, assert_same, kill_at, records, rows
 
 SEEDED = {"run": {"seed_samples": True}}
 EARLY = ("forward:3", "forward:11", "mid_copy:17")
@@ -65,11 +65,6 @@ WRITERS_MORE = {
     "averaging": ("forward:3", "validation:12", "mid_copy:13", "forward:17"),
     "clipping": ("forward:3", "mid_copy:9", "forward:17"),
 }
-
-
-@pytest.fixture(scope="module")
-def lab() -> Lab:
-    return shared_lab()
 
 
 def cases(*tables: dict[str, tuple[str, ...]], campaign: bool = False) -> list[Any]:
@@ -149,7 +144,7 @@ def test_order_that_cannot_be_repeated_is_reported(lab: Lab, tmp_path: Path) -> 
 def test_a_snapshot_now_and_then_repeats_the_same_steps(lab: Lab, tmp_path: Path) -> None:
     lab.life("plain", tmp_path / "alone", mnemo=False)
     settings = {"snapshot": {"every": 3}}
-    lives = lab.lives("plain", tmp_path / "killed", kill_at("forward:5"), settings=settings)
+    lives = lab.lives("plain", tmp_path / "killed", kill_at("settled:5"), settings=settings)
     assert "at step 3, 2 steps lost" in lives[-1].said
     assert_same(tmp_path / "alone", tmp_path / "killed")
 

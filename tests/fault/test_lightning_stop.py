@@ -5,17 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lightning_client import Lab, assert_same, kill_at, records, shared_lab
+from lightning_client import Lab, assert_same, kill_at, records
 
 from mnemo.faults import Declaration
 from mnemo.types import EXIT_STATE_SAVED
 
 EVERY_1000 = {"snapshot": {"every": 1000}}
-
-
-@pytest.fixture(scope="module")
-def lab() -> Lab:
-    return shared_lab()
 
 
 @pytest.mark.parametrize("phase", ["forward", "update", "validation"])

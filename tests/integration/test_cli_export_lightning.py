@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from commands import mnemo, status_of
+from lightning_client import KILLED, Lab
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,28 +22,17 @@ WIDTH = 4096
 """Makes the state several chunks, of which each rank keeps its own."""
 
 
-def train(out: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--out", str(out), "--width", str(WIDTH), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def digest(state: dict[str, torch.Tensor]) -> str:
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in state.values())).hexdigest()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Lightning, on a fit as small as this
-def test_export_of_two_ranks_is_lightnings_own_checkpoint(tmp_path: Path) -> None:
+def test_export_of_two_ranks_is_lightnings_own_checkpoint(lab: Lab, tmp_path: Path) -> None:
     """Each of the replicas keeps a part; a kill in step 8 leaves step 7 whole."""
     declared = Declaration((Fault("sigkill", 1, Hook("forward", 7)),), str(tmp_path / "fired"))
-    killed = train(tmp_path / "killed", "--ranks", "2", MNEMO_RUN_ID="gpt", **declared.environ())
-    assert killed.returncode != 0
-    declared.assert_fired()
+    train = [SCRIPT, "--out=.", "--ranks=2", f"--width={WIDTH}"]
+    killed = lab.script(tmp_path / "killed", *train, ranks=2, run_id="gpt", faults=declared)
+    assert killed.codes[1] == KILLED, killed.said
     (fit,) = status_of("gpt")["fits"]
     whole = 3 * 4 * 64 * WIDTH  # bytes of the weights and their two moments
     assert fit["memory_bytes"] < 3 * whole  # two buffers, each shared out
@@ -57,8 +44,8 @@ def test_export_of_two_ranks_is_lightnings_own_checkpoint(tmp_path: Path) -> Non
     assert "a Lightning run" in mnemo("export", "gpt", tmp_path / "run.pt").err
     assert mnemo("clean", "gpt").code == 0
 
-    undisturbed = train(tmp_path / "whole", "--ranks", "2", "--max-steps", str(step))
-    assert undisturbed.returncode == 0, undisturbed.stderr
+    undisturbed = lab.script(tmp_path / "whole", *train, f"--max-steps={step}", ranks=2)
+    assert undisturbed.codes == [0, 0], undisturbed.said
     expected = json.loads((tmp_path / "whole" / "final-0.json").read_text())
     net = runpy.run_path(str(SCRIPT))["Net"]
     model = net.load_from_checkpoint(out, out=tmp_path, width=WIDTH)

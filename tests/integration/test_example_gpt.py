@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from warm import Zygote
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lightning_gpt"
 
 
-def test_training_leaves_every_loss_and_a_hash(tmp_path: Path) -> None:
+def test_training_leaves_every_loss_and_a_hash(zygote: Zygote, tmp_path: Path) -> None:
     options = ["--no-mnemo", "--ranks=1", "--steps=3", "--layers=1", "--batch-size=2"]
-    done = subprocess.run(
-        [sys.executable, EXAMPLE / "train.py", *options, "--out", tmp_path / "out"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = zygote.run(EXAMPLE / "train.py", *options, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     log = tmp_path / "out" / "steps.jsonl"
@@ -31,8 +25,7 @@ def test_training_leaves_every_loss_and_a_hash(tmp_path: Path) -> None:
     assert len(bytes.fromhex(result["sha256"])) == 32
 
 
-def test_script_explains_itself() -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLE / "train.py", "--help"], capture_output=True, text=True, check=True
-    )
+def test_script_explains_itself(zygote: Zygote) -> None:
+    done = zygote.run(EXAMPLE / "train.py", "--help")
+    assert done.returncode == 0, done.stderr
     assert "--no-mnemo" in done.stdout

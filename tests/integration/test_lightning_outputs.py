@@ -11,16 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_client import Lab, assert_same, kill_at, shared_lab
+from lightning_client import Lab, assert_same, kill_at
 
 from lightning_mnemo.event_files import _entries
 
 KILLS = ("forward:3", "validation:8", "saving:10", "between:13", "epoch_end:16", "epoch_end:24")
-
-
-@pytest.fixture(scope="module")
-def lab() -> Lab:
-    return shared_lab()
 
 
 def events(directory: Path) -> dict[str, list[tuple[int, float]]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_client import KILLED, Lab, Life, assert_same, kill_at, records, rows, shared_lab
+from lightning_client import KILLED, Lab, Life, assert_same, kill_at, records, rows
 
 from mnemo.faults import Declaration, Fault
 
@@ -16,14 +16,9 @@ NEVER = {"run": {"resume": "never"}}
 REQUIRED = {"run": {"resume": "required"}}
 
 
-@pytest.fixture(scope="module")
-def lab() -> Lab:
-    return shared_lab()
-
-
 def killed(lab: Lab, out: Path, case: str = "plain", *places: str, **options: Any) -> Life:
     """A life that ends by SIGKILL, after six steps where nothing else is said."""
-    faults: tuple[Fault, ...] = kill_at(*(places or ("forward:6",)))
+    faults: tuple[Fault, ...] = kill_at(*(places or ("settled:6",)))
     declared = Declaration(faults, str(out.with_suffix(".fired")))
     life = lab.life(case, out, run_id="run", faults=declared, **options)
     assert life.codes == [KILLED], life.said
@@ -90,7 +85,7 @@ def test_without_a_stable_id_nothing_is_resumed(lab: Lab, tmp_path: Path) -> Non
 
 def test_named_checkpoint_wins_over_memory(lab: Lab, tmp_path: Path) -> None:
     out = tmp_path / "a"
-    killed(lab, out, "outputs", "forward:7")
+    killed(lab, out, "outputs", "settled:7")
     logs = {p: p.read_bytes() for p in (out / "logs").rglob("events*")}
     (out / "start.ckpt").write_bytes((out / "steps" / "step=3.ckpt").read_bytes())
     (out / "rows-0.jsonl").unlink()
@@ -103,7 +98,7 @@ def test_named_checkpoint_wins_over_memory(lab: Lab, tmp_path: Path) -> None:
 
 def test_memory_wins_after_an_agents_restart(lab: Lab, tmp_path: Path) -> None:
     out = tmp_path / "a"
-    killed(lab, out, "outputs", "forward:7")
+    killed(lab, out, "outputs", "settled:7")
     (out / "start.ckpt").write_bytes((out / "steps" / "step=3.ckpt").read_bytes())
     (out / "rows-0.jsonl").unlink()
     again = {"TORCHELASTIC_RESTART_COUNT": "1"}
@@ -161,7 +156,7 @@ def test_checkpoints_of_a_resumed_run_are_lightnings_own(lab: Lab, tmp_path: Pat
 
 def test_a_second_fit_of_the_same_trainer_has_a_state_of_its_own(lab: Lab, tmp_path: Path) -> None:
     lab.life("untouched", tmp_path / "alone", mnemo=False)
-    lives = lab.lives("untouched", tmp_path / "a", kill_at("forward:20"))
+    lives = lab.lives("untouched", tmp_path / "a", kill_at("settled:20"))
     assert "resumed from memory at step 20" in lives[1].said
     assert_same(tmp_path / "alone", tmp_path / "a")
     assert max(steps(tmp_path / "a")) == 32

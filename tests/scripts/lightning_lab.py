@@ -1,19 +1,15 @@
-"""Runs Lightning cases, each life in a process forked from one that has imported everything.
+"""One rank's life in a Lightning case: ``lightning_lab.py REQUEST``.
 
-Reads requests from standard input, one JSON object a line: the case's name, where to write, the
-environment, how many ranks. Each rank is a process of its own that can be killed; the answer has
-their exit codes, as ``subprocess`` gives them. What a rank prints goes to ``rank-N.err``.
+The request is a JSON object: the case's name, how many ranks, whether with mnemo, its settings.
+What the `Recorder` saw goes to ``rows-RANK.jsonl`` in the working directory.
 """
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import os
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +96,32 @@ class Recorder(pl.Callback):
         )
 
 
+class Settled(pl.Callback):
+    """Reaches the phase ``settled`` when the step's snapshot is committed for certain.
+
+    Elsewhere it depends on the machine's load whether the copy in the background is done.
+    """
+
+    def __init__(self, mnemo: MnemoCallback) -> None:
+        self._mnemo = mnemo
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        assert self._mnemo._keeper is not None
+        assert self._mnemo._keeper.settle()
+        faults.reach("settled", step=trainer.global_step)
+
+
 def run(request: dict[str, Any]) -> None:
-    """One life of a case, in this process."""
+    """Each fit of the case, in this process."""
     torch.set_num_threads(1)
-    out = Path(request["out"])
-    os.chdir(out)
-    settings = request.get("settings", {})
+    out = Path.cwd()
     for fit, case in enumerate(lightning_cases.make(request["case"], out)):
         recorder = Recorder(out, fit)
         callbacks = [*case.callbacks]
-        if request.get("mnemo", True):
-            callbacks.append(MnemoCallback(**{"snapshot": {"every": 1}, **settings}))
+        if request["mnemo"]:
+            callbacks.append(MnemoCallback(**{"snapshot": {"every": 1}, **request["settings"]}))
+            if '"settled"' in os.environ.get(faults.ENV, ""):
+                callbacks.append(Settled(callbacks[-1]))
         if request["ranks"] > 1:
             case.trainer.setdefault("strategy", "ddp")
         trainer = pl.Trainer(
@@ -135,58 +146,5 @@ def run(request: dict[str, Any]) -> None:
         case.after(trainer)
 
 
-def child(request: dict[str, Any], rank: int) -> int:
-    """What a forked process does; its exit code."""
-    os.environ.clear()
-    os.environ.update(request["env"])
-    if request["ranks"] > 1:
-        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
-    for number, name in ((1, "out"), (2, "err")):
-        path = Path(request["out"]) / f"rank-{rank}.{name}"
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(fd, number)
-        os.close(fd)
-    tempfile.tempdir = None
-    faults.arm(os.environ)
-    code = 0
-    try:
-        run(request)
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 1
-    except BaseException:  # noqa: BLE001 - as the interpreter's own end
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
-
-
-def serve() -> None:
-    """Until standard input ends."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        pids = {}
-        for rank in range(request["ranks"]):
-            pid = os.fork()
-            if pid == 0:
-                os._exit(child(request, rank))
-            pids[pid] = rank
-        print(json.dumps({"pids": list(pids)}), flush=True)
-        codes: dict[int, int] = {}
-        while len(codes) < len(pids):
-            pid, status = os.wait()
-            if pid not in pids:
-                continue
-            code = os.waitstatus_to_exitcode(status)
-            codes[pids[pid]] = code
-            if code:
-                for other, rank in pids.items():
-                    if rank not in codes and code < 0:
-                        os.kill(other, 9)
-        print(json.dumps({"codes": [codes[rank] for rank in sorted(codes)]}), flush=True)
-
-
 if __name__ == "__main__":
-    print(json.dumps({"ready": True}), flush=True)
-    serve()
+    run(json.loads(sys.argv[1]))
