@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from typing import TYPE_CHECKING
 
 import pytest
@@ -51,9 +52,7 @@ def test_a_wrong_file_that_a_session_names(tmp_path: Path) -> None:
 
 
 def test_one_that_is_caught_is_the_scripts_own_affair(tmp_path: Path) -> None:
-    text = (
-        f"try:\n    {WRONG.strip().replace(chr(10), chr(10) + '    ')}\nexcept ValueError: pass\n"
-    )
+    text = "try:\n" + textwrap.indent(WRONG, "    ") + "except ValueError: pass\n"
     ended = run(tmp_path, text + 'print("went on")\n')
     assert (ended.code, ended.out) == (0, "went on\n")
     assert SAID not in ended.err
