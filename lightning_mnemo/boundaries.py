@@ -155,11 +155,12 @@ class Boundaries:
         """Everything that the next batch depends on, by reference."""
         trainer = self._trainer
         self._attributes.look(trainer.lightning_module)
+        modules = list(trainer.lightning_module.named_modules())
         return {
             "checkpoint": list_checkpoint(trainer),
             "data": self._data.state(),
-            "metrics": capture_metrics(trainer),
-            "extras": self._extras.state(),
+            "metrics": capture_metrics(trainer, modules),
+            "extras": self._extras.state(modules),
             "outputs": self._outputs.state(),
             "validation_pending": validation_pending,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +18,9 @@ class Extras:
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._module = trainer.lightning_module
-        self._untouched = {name: _identity(b) for name, b in _unsaved_buffers(self._module)}
+        self._untouched = {
+            name: _identity(b) for name, b in _unsaved_buffers(self._module.named_modules())
+        }
         self._stepped: set[int] = set()
         self._handles: list[Any] = []
 
@@ -64,14 +66,23 @@ class Extras:
 
     # --- state --------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """Everything, by reference."""
+    def state(self, modules: list[tuple[str, torch.nn.Module]]) -> dict[str, Any]:
+        """Everything, by reference.
+
+        Args:
+            modules: What ``named_modules`` gives; asking it takes longer than the rest of this.
+        """
         return {
-            "modes": {name: m.training for name, m in self._module.named_modules()},
-            "frozen": [n for n, p in self._module.named_parameters() if not p.requires_grad],
+            "modes": {path: child.training for path, child in modules},
+            "frozen": [
+                _join(path, name)
+                for path, child in modules
+                for name, parameter in child._parameters.items()
+                if parameter is not None and not parameter.requires_grad
+            ],
             "buffers": {
                 name: buffer
-                for name, buffer in _unsaved_buffers(self._module)
+                for name, buffer in _unsaved_buffers(modules)
                 if self._untouched.get(name) != _identity(buffer)
             },
             "gradients": self.waiting(),
@@ -88,7 +99,7 @@ class Extras:
         for name, parameter in module.named_parameters():
             if parameter.is_leaf and parameter.requires_grad is (name in frozen):
                 parameter.requires_grad_(name not in frozen)
-        for name, buffer in _unsaved_buffers(module):
+        for name, buffer in _unsaved_buffers(module.named_modules()):
             if name in state["buffers"]:
                 saved = state["buffers"][name].to(buffer.device)
                 path, _, own = name.rpartition(".")
@@ -109,12 +120,18 @@ class Extras:
         self._handles.clear()
 
 
-def _unsaved_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, child in module.named_modules():
+def _unsaved_buffers(
+    modules: Iterable[tuple[str, torch.nn.Module]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, child in modules:
         for name in sorted(child._non_persistent_buffers_set):
             buffer = child._buffers.get(name)
             if buffer is not None:
-                yield f"{path}.{name}" if path else name, buffer
+                yield _join(path, name), buffer
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _identity(tensor: torch.Tensor) -> tuple[int, int]:

@@ -33,15 +33,22 @@ _META = (
 _GROUPS = ("_groups", "_groups_checked", "_state_is_copy")
 
 
-def capture_metrics(trainer: pl.Trainer) -> dict[str, Any]:
-    """Everything needed to go on with the running metrics."""
+def capture_metrics(
+    trainer: pl.Trainer, modules: list[tuple[str, torch.nn.Module]]
+) -> dict[str, Any]:
+    """Everything needed to go on with the running metrics.
+
+    Args:
+        trainer: Whose fit it is.
+        modules: What ``named_modules`` of its module gives.
+    """
     connector = trainer._logger_connector
     loop = trainer.fit_loop.epoch_loop
     return {
-        "modules": {name: _metric_state(metric) for name, metric in _metrics_of(trainer)},
+        "modules": {name: _metric_state(metric) for name, metric in _metrics_of(modules)},
         "collections": {
             name: {key: copy.deepcopy(vars(collection)[key]) for key in _GROUPS}
-            for name, collection in _collections_of(trainer)
+            for name, collection in _collections_of(modules)
         },
         "results": [_result_state(key, result) for key, result in loop._results.items()],
         "callback": dict(connector._callback_metrics),
@@ -53,10 +60,11 @@ def capture_metrics(trainer: pl.Trainer) -> dict[str, Any]:
 
 def restore_metrics(trainer: pl.Trainer, state: dict[str, Any]) -> None:
     """The inverse of `capture_metrics`; after Lightning has made its own results afresh."""
-    for name, metric in _metrics_of(trainer):
+    modules = list(trainer.lightning_module.named_modules())
+    for name, metric in _metrics_of(modules):
         if name in state["modules"]:
             _restore_metric(metric, state["modules"][name])
-    for name, collection in _collections_of(trainer):
+    for name, collection in _collections_of(modules):
         vars(collection).update(state["collections"].get(name, {}))
     results = trainer.fit_loop.epoch_loop._results
     results.clear()
@@ -69,15 +77,15 @@ def restore_metrics(trainer: pl.Trainer, state: dict[str, Any]) -> None:
     connector._first_loop_iter = state["first"]
 
 
-def _metrics_of(trainer: pl.Trainer) -> list[tuple[str, Metric]]:
-    named = trainer.lightning_module.named_modules()
-    return [(name, module) for name, module in named if isinstance(module, Metric)]
+def _metrics_of(modules: list[tuple[str, torch.nn.Module]]) -> list[tuple[str, Metric]]:
+    return [(name, module) for name, module in modules if isinstance(module, Metric)]
 
 
-def _collections_of(trainer: pl.Trainer) -> list[tuple[str, MetricCollection]]:
+def _collections_of(
+    modules: list[tuple[str, torch.nn.Module]],
+) -> list[tuple[str, MetricCollection]]:
     """Metrics of a collection that update alike are grouped, and only one of them is updated."""
-    named = trainer.lightning_module.named_modules()
-    return [(name, module) for name, module in named if isinstance(module, MetricCollection)]
+    return [(name, module) for name, module in modules if isinstance(module, MetricCollection)]
 
 
 def _metric_state(metric: Metric) -> dict[str, Any]:
