@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from mnemo.config import CONFIG_VARIABLE, load_config, overrides_to_environ, parse_duration
-from mnemo.errors import ConfigError, CrashLoopError
+from mnemo.errors import ConfigError, CrashLoopError, LaunchError
 from mnemo.launcher import Agent, LaunchOptions
 from mnemo.launcher.options import (
     check_nodes,
@@ -132,6 +132,7 @@ def run(
     del rdzv_backend, rdzv_endpoint, rdzv_conf, standalone  # see _IGNORED
     del tee  # the files are always written, and the terminal is only left out by --redirects
     overrides, script, args = _split(words)
+    _require_working_directory()
     check_nodes(nnodes, node_rank)
     settings = load_config(config, overrides=overrides)
     run_id = choose_run_id(
@@ -181,6 +182,14 @@ def _split(words: list[str]) -> tuple[list[str], str, list[str]]:
         msg = "no script after the settings: mnemo run [SECTION.KEY=VALUE]... SCRIPT [ARG]..."
         raise typer.BadParameter(msg)
     return words[:first], words[first], words[first + 1 :]
+
+
+def _require_working_directory() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        msg = "the working directory has been removed: change to one that exists"
+        raise LaunchError(msg) from error
 
 
 def _window(text: str) -> float:

@@ -106,7 +106,8 @@ def _named_path(text: str) -> str:
 def _url(text: str) -> str:
     if _PASSWORD.search(text):
         raise ValueError("a URL with a password in it ends up in logs")
-    return _plain(text).strip()
+    text = _plain(text).strip()
+    return _path(text) if text.startswith("~") else text
 
 
 DURATION: Final = Kind(
