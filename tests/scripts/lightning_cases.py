@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,11 +18,13 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     Timer,
 )
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import (
@@ -904,3 +908,59 @@ def sharded(out):
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     return Case(Net(), loader(), val(), {"strategy": ModelParallelStrategy()})
+
+
+# --- Slurm ------------------------------------------------------------------------------------
+
+
+class Signals(pl.Callback):
+    """The scheduler: sends a signal after step 6, once."""
+
+    def __init__(self, out: Path, number: signal.Signals) -> None:
+        self._sent, self._number = out / "signal-sent", number
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 6 and not self._sent.exists():
+            self._sent.touch()
+            os.kill(os.getpid(), self._number)
+
+
+def slurm(out: Path, number: signal.Signals, **options: Any) -> Case:
+    environment = {"plugins": [SLURMEnvironment(**options)]} if options else {}
+    return Case(Net(), loader(), val(), environment, [Signals(out, number)])
+
+
+def slurm_usr1(out):
+    return slurm(out, signal.SIGUSR1)
+
+
+def slurm_term(out):
+    return slurm(out, signal.SIGTERM)
+
+
+def slurm_usr1_not_requeued(out):
+    return slurm(out, signal.SIGUSR1, auto_requeue=False)
+
+
+def slurm_requeues_at_term(out):
+    return slurm(out, signal.SIGTERM, requeue_signal=signal.SIGTERM)
+
+
+# --- files that Lightning finds by itself -----------------------------------------------------
+
+
+def on_exception(out):
+    """Fails in step 7, once; Lightning then saves a checkpoint, which the next fit looks for."""
+    case = plain(out)
+    case.callbacks += [FailsOnce(out), OnExceptionCheckpoint(out)]
+    return case
+
+
+class FailsOnce(pl.Callback):
+    def __init__(self, out: Path) -> None:
+        self._failed = out / "failed"
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 6 and not self._failed.exists():
+            self._failed.touch()
+            raise RuntimeError("a mistake of the user's")
