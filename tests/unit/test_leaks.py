@@ -91,6 +91,12 @@ LEAKS = {
     "variable_unset": ("del os.environ['HOME']", "HOME: "),
 }
 
+# What is left to the collector, or to a failed test's exception: (what leaks it, the warning).
+DROPPED = {
+    "cycle_dropped": ("a = [socket.socket()]; a.append(a)", "unclosed <socket.socket"),
+    "failed": ("held = socket.socket(); assert held is None", "unclosed <socket.socket"),
+}
+
 CLEAN = {
     "nothing": "pass",
     "late_exit": """
@@ -116,7 +122,7 @@ def inner(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Run all leaks in a pytest of their own; maps test name to what it was blamed for."""
     where = tmp_path_factory.mktemp("inner")
     (where / "conftest.py").write_text(CONFTEST.format(tests=str(TESTS)))
-    bodies = {name: body for name, (body, _) in LEAKS.items()} | CLEAN
+    bodies = {name: body for name, (body, _) in (DROPPED | LEAKS).items()} | CLEAN
     (where / "test_inner.py").write_text(
         PRELUDE
         + "\n".join(
@@ -125,7 +131,15 @@ def inner(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         )
         + "def test_seed(seed):\n    assert seed < 0\n"
     )
-    options = ["-q", "-p", "no:cacheprovider", "--junitxml=out.xml", "-o", "junit_logging=all"]
+    options = [
+        "-q",
+        "-Werror",
+        "-p",
+        "no:cacheprovider",
+        "--junitxml=out.xml",
+        "-o",
+        "junit_logging=all",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options],
         cwd=where,
@@ -156,6 +170,13 @@ def inner(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_leak_is_caught_and_named(inner: dict[str, str], name: str) -> None:
     assert "left behind" in inner[name]
     assert LEAKS[name][1] in inner[name]
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_what_is_dropped_warns_in_its_own_test(inner: dict[str, str], name: str) -> None:
+    says = DROPPED[name][1]
+    assert says in inner[name]
+    assert [test for test, text in inner.items() if says in text] == list(DROPPED)
 
 
 @pytest.mark.parametrize("name", CLEAN)
