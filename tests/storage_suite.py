@@ -121,6 +121,14 @@ class StoreSuite:
         with pytest.raises(IntegrityError, match="no complete checkpoint"):
             place.open().get(3)
 
+    def test_a_trial_leaves_nothing(self, place: Place) -> None:
+        store = place.open()
+        store.try_write()
+        assert place.names() == []
+        written = write(store, 5)
+        store.try_write()
+        assert store.checkpoints() == [written]
+
     def test_newest_first_and_runs_are_apart(self, place: Place) -> None:
         store, other = place.open(keep=9), place.open("other")
         for step in (5, 1000, 30):

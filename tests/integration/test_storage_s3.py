@@ -160,6 +160,8 @@ def test_a_writer_killed_in_mid_write(place: Place, size: int) -> None:
 def test_a_missing_bucket_is_not_made(place: Place) -> None:
     store = CheckpointStore("s3://absent/x", run_id="r", storage_options=place.options)
     assert store.checkpoints() == []
+    with pytest.raises(StorageError, match=r"could not write absent/x/.*/trial.*create the bucket"):
+        store.try_write()
     with pytest.raises(StorageError, match=r"could not write absent/x.*create the bucket"):
         write(store, 10)
     assert not place.fs.exists("absent")
