@@ -89,7 +89,7 @@ class MnemoCallback(pl.Callback):
         if resume.restored is None:
             keeper.announce(None)
             keeper.reserve(expected_size(pl_module, trainer.optimizers))
-        if keeper.place.rank == 0 and keeper.place.world_size > 1:
+        if keeper.place.rank == 0:
             for line in what_is_off(trainer):
                 say(line)
         resume.outputs.attach()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.nn.parallel import DistributedDataParallel
 
 from mnemo.errors import ConfigError, ModelChangedError
 
@@ -33,6 +35,11 @@ def require_supported(trainer: object, callback: type[pl.Callback]) -> None:
     count = sum(isinstance(c, callback) for c in callbacks)
     if count > 1:
         raise ConfigError(f"the Trainer has {count} MnemoCallbacks: give it one")
+    if trainer.num_nodes > 1:
+        raise ConfigError(
+            f"num_nodes is {trainer.num_nodes}: this version of mnemo protects one node. Use "
+            "num_nodes=1, or train without the callback"
+        )
     strategy = trainer.strategy
     supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
     if not supported or isinstance(strategy, DeepSpeedStrategy):
@@ -61,20 +68,45 @@ def writes_early(trainer: pl.Trainer) -> bool:
 
 
 def what_is_off(trainer: pl.Trainer) -> list[str]:
-    """What a training on several ranks lacks, in lines for its start."""
-    agent = "" if "MNEMO_AGENT" in os.environ else "mnemo run and "
-    lines = [
-        (
+    """What this training lacks, in lines for its start."""
+    lines = []
+    if trainer.world_size > 1:
+        agent = "" if "MNEMO_AGENT" in os.environ else "mnemo run and "
+        lines.append(
             f"replacing a single rank is off: needs {agent}a later version's strategy; "
             "a crash restarts all ranks from memory"
         )
-    ]
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         lines.append(
             "forked or spawned ranks cannot tell a script's fits apart: only one fit may use this "
             "run id (strategy='ddp' has no such limit)"
         )
+    if threading.current_thread() is not threading.main_thread():
+        lines.append(
+            "SIGTERM is not noticed by a fit outside the main thread: it ends the process at once, "
+            "and the steps since the last snapshot are computed again"
+        )
     return lines
+
+
+def first_sum_differs(trainer: pl.Trainer) -> str:
+    """Why the first step of a life may be rounded otherwise than in mid-life; '' if it is not.
+
+    DDP fills its buckets by the order of the parameters at first and by that of the gradients
+    after one backward pass, unless it looks for unused parameters. Where an element lies decides
+    in which order the ranks' values are added, which matters for more than two.
+    """
+    model = trainer.strategy.model
+    if (
+        trainer.world_size < 3
+        or not isinstance(model, DistributedDataParallel)
+        or (model.find_unused_parameters and not model.static_graph)
+    ):
+        return ""
+    return (
+        "DDP adds the gradients of the first step in another order, which more than two ranks "
+        "round differently: strategy='ddp_find_unused_parameters_true' does not"
+    )
 
 
 def optimizers_differ(step: int, run_id: str, error: Exception) -> ModelChangedError:

@@ -52,6 +52,8 @@ class DataPosition:
         self._begun: list[int] = []
         """How many batches had been fetched when each loader's current pass began."""
         self._notes: list[str] = []
+        self._armed: list[ReplaySampler] = []
+        """Told to resume in the epoch that was interrupted."""
 
     def resume_from(self, saved: dict[str, Any]) -> None:
         """Go on from ``saved`` when the loaders are made."""
@@ -92,14 +94,13 @@ class DataPosition:
         saved = self._saved["loaders"][number]
         if saved is None:
             return
-        # Before the iterator is made: a distributed sampler shuffles by the epoch it was told.
-        progress: Any = self._trainer.fit_loop.epoch_progress.current
-        epoch = progress.processed
-        for sampler in (replay.inner, getattr(replay.inner, "sampler", None)):
-            set_epoch = getattr(sampler, "set_epoch", None)
-            if callable(set_epoch):
-                set_epoch(epoch)
+        _tell_epoch(replay, self._epoch())  # before the iterator is made
         replay.resume(saved)
+        self._armed.append(replay)
+
+    def _epoch(self) -> int:
+        progress: Any = self._trainer.fit_loop.epoch_progress.current
+        return int(progress.processed)
 
     def reset(self) -> None:
         """The loaders are made anew (``reload_dataloaders_every_n_epochs``)."""
@@ -109,9 +110,12 @@ class DataPosition:
     def begin_epoch(self) -> None:
         """A new epoch begins, which resumes nothing."""
         self._iterators = []
-        for _, replay in self._loaders:
-            if replay is not None:
-                replay.end_pass()
+        for replay in self._armed:
+            # Where nothing was left of the interrupted epoch, its order is drawn only now.
+            _tell_epoch(replay, self._epoch() - 1)
+            replay.end_pass()
+            _tell_epoch(replay, self._epoch())
+        self._armed.clear()
 
     def observe(self, fetcher: Any) -> None:
         """After each batch: notice which loaders have begun another pass."""
@@ -211,6 +215,14 @@ class DataPosition:
         """After the first batch of a resumed epoch: what differs from the interrupted, or ''."""
         differs = any(replay is not None and replay.order_differs for _, replay in self._loaders)
         return _OTHER_ORDER if differs else ""
+
+
+def _tell_epoch(replay: ReplaySampler, epoch: int) -> None:
+    """A distributed sampler shuffles by the epoch that it was told."""
+    for sampler in (replay.inner, getattr(replay.inner, "sampler", None)):
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
 
 
 def _iterators(fetcher: Any) -> list[Iterator[Any]]:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from lightning_mnemo import loops
-from lightning_mnemo.checks import optimizers_differ
+from lightning_mnemo.checks import first_sum_differs, optimizers_differ
 from lightning_mnemo.data import DataPosition
 from lightning_mnemo.extras import Extras
 from lightning_mnemo.metrics import restore_metrics
@@ -155,9 +155,10 @@ class Resume:
         extras.restore(state["extras"], state["checkpoint"]["optimizer_states"])
         self._order_unchecked = True
         restore_rng(restored.rng)
-        notes = ["validation is repeated"] if state["validation_pending"] else []
+        repeated = "validation is repeated" if state["validation_pending"] else ""
+        inexact = [note for note in (data.note, first_sum_differs(trainer)) if note]
         self._keeper.announce(
-            restored, exact=not data.note, note="; ".join([*notes, *filter(None, [data.note])])
+            restored, exact=not inexact, note="; ".join(filter(None, [repeated, *inexact]))
         )
         return restored
 

@@ -135,6 +135,11 @@ def plain(out):
     return Case(Net(), loader(), val())
 
 
+def steady_buckets(out):
+    """DDP never fills its buckets in another order than at first."""
+    return Case(Net(), loader(), val(), {"strategy": "ddp_find_unused_parameters_true"})
+
+
 def accumulation(out):
     """Epochs of 9 batches end in mid-accumulation."""
     return Case(Net(), loader(72), val(), {"accumulate_grad_batches": 4, "max_epochs": 3})

@@ -44,11 +44,17 @@ def test_the_other_package_of_the_same_code() -> None:
 
 
 def test_what_is_off_depends_on_who_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Pretends(SimpleNamespace(launcher=None))
+    trainer = Pretends(SimpleNamespace(launcher=None, world_size=2))
     assert what_is_off(trainer)[0].startswith("replacing a single rank is off: needs mnemo run")
     monkeypatch.setenv("MNEMO_AGENT", "1")
     [line] = what_is_off(trainer)
     assert "mnemo run" not in line
+
+
+def test_several_nodes() -> None:
+    """Slurm says nothing of how many of the ranks are on this one."""
+    with pytest.raises(ConfigError, match="num_nodes is 2: this version of mnemo protects one"):
+        require_supported(Pretends(SimpleNamespace(num_nodes=2)), MnemoCallback)
 
 
 def test_wrong_settings_are_told_before_training() -> None:

@@ -1,0 +1,110 @@
+"""Fits that are not a script's main thread: a thread, a notebook, what a notebook forks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning_client import KILLED, Lab, assert_same, kill_at
+
+from mnemo.faults import Declaration, Fault
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+TRAIN = SCRIPTS / "lightning_train.py"
+THREAD = """
+import threading, lightning_train
+thread = threading.Thread(target=lightning_train.main)
+thread.start()
+thread.join()
+"""
+CELL = f"exec(compile(open({str(TRAIN)!r}).read(), '<cell>', 'exec'), {{'__name__': '__main__'}})"
+
+
+def start(out: Path, code: str, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A process without a script file: ``code`` is all that it has."""
+    out.mkdir(exist_ok=True)
+    path = os.pathsep.join([str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"OMP_NUM_THREADS": "1", "OUT": str(out), "MNEMO_RUN_ID": "run", "PYTHONPATH": path}
+    own["TMPDIR"] = str(out)  # torch's launchers leave files behind when a rank is killed
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env={**os.environ, **own, **environ},
+        cwd=out,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def undisturbed(lab: Lab, out: Path, ranks: int) -> Path:
+    words = ["--strategy=ddp", f"--devices={ranks}"] if ranks > 1 else []
+    assert lab.script(out, TRAIN, *words, ranks=ranks, OUT=str(out), PLAIN="1").codes == [0] * ranks
+    return out
+
+
+def final(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "final-0.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("code", [THREAD, CELL], ids=["thread", "cell"])
+def test_a_fit_in(lab: Lab, tmp_path: Path, code: str) -> None:
+    alone, out = undisturbed(lab, tmp_path / "alone", 1), tmp_path / "out"
+    declared = Declaration(kill_at("forward:9"), str(tmp_path / "fired"))
+    assert start(out, code, **declared.environ()).returncode == KILLED
+    ended = start(out, code, **declared.environ())
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed from memory at step" in ended.stderr
+    assert ("SIGTERM is not noticed" in ended.stderr) is (code == THREAD)
+    assert_same(alone, out)
+
+
+def test_sigterm_to_a_fit_in_a_thread_ends_it_at_once(tmp_path: Path) -> None:
+    """Python shows signals to the main thread alone; what was sealed before is there."""
+    out = tmp_path / "out"
+    faults: tuple[Fault, ...] = kill_at("forward:9", kind="sigterm")
+    declared = Declaration(faults, str(tmp_path / "fired"))
+    assert start(out, THREAD, **declared.environ()).returncode == -15
+    ended = start(out, THREAD, **declared.environ())
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed from memory at step" in ended.stderr
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ddp_notebook(lab: Lab, tmp_path: Path, rank: int) -> None:
+    """Forks its ranks from the cell."""
+    alone, out = undisturbed(lab, tmp_path / "alone", 2), tmp_path / "out"
+    declared = Declaration(kill_at("backward:3", rank=rank), str(tmp_path / "fired"))
+    words = ("--strategy=ddp_notebook", "--devices=2")
+    assert start(out, CELL, *words, **declared.environ()).returncode != 0
+    ended = start(out, CELL, *words, **declared.environ())
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed from memory at step" in ended.stderr
+    assert "cannot tell a script's fits apart" in ended.stderr
+    assert final(out)["parameters"] == final(alone)["parameters"]
+    assert_same(alone, out, ranks=2)
+
+
+@pytest.mark.campaign
+def test_three_ranks(lab: Lab, tmp_path: Path) -> None:
+    """An odd number: shares of the state of unequal size."""
+    case = "steady_buckets"
+    assert lab.life(case, tmp_path / "alone", mnemo=False, ranks=3).codes == [0] * 3
+    kills = (*kill_at("backward:1", rank=2), *kill_at("forward:3", rank=0))
+    lives = lab.lives(case, tmp_path / "killed", kills, ranks=3)
+    assert_same(tmp_path / "alone", tmp_path / "killed", ranks=3)
+    assert all("not exact" not in life.said for life in lives)
+
+
+@pytest.mark.campaign
+def test_three_ranks_whose_buckets_change(lab: Lab, tmp_path: Path) -> None:
+    """DDP sums the first gradients of a life in another order, which three ranks can see."""
+    lives = lab.lives("plain", tmp_path / "killed", kill_at("backward:1", rank=2), ranks=3)
+    assert "not exact (DDP adds the gradients of the first step in another order" in lives[1].said
