@@ -7,6 +7,8 @@ listed again only when their tensors are other ones. What is restored is the sam
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -69,13 +71,15 @@ class _Listing(_CheckpointConnector):
 
 
 def _list_module(module: pl.LightningModule) -> Stable | dict[str, Any]:
-    """One part: buffers are told apart by the addresses that the snapshot is given with it."""
+    """One part; a buffer that was replaced or has moved makes it another one."""
     listed = module_state(module)
     parameters, rest = listed["parameters"], listed["rest"]
     if not isinstance(parameters, Stable) or not all(is_plain(t) for t in rest.values()):
         return module.state_dict()
     buffers = tuple((name, t.data_ptr(), t.dtype, t.shape) for name, t in rest.items())
-    return Stable((parameters.token, buffers), module.state_dict)
+    # The parameters themselves, not what is detached from them: memory may be given to them anew.
+    build = functools.partial(module.state_dict, keep_vars=True)
+    return dataclasses.replace(parameters, build=build, key=(parameters.key, buffers))
 
 
 def _list_optimizer(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

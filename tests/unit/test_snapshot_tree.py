@@ -124,21 +124,29 @@ def test_stable_parts_are_built_once() -> None:
 
     known: dict[str, tree.Part] = {}
     for number in range(3):
-        state = {"model": Stable("same", build), "step": number, "x": torch.full((1,), number)}
+        state = {
+            "model": Stable([weights["w"]], build),
+            "step": number,
+            "x": torch.full((1,), number),
+        }
         found = round_trip(state, known)
         assert found == {"model": weights, "step": number, "x": state["x"]}
         assert found["model"]["w"] is weights["w"]
     assert built == [1]
     weights["new"] = torch.zeros(1)
-    assert round_trip({"model": Stable("other", build)}, known)["model"].keys() == weights.keys()
-    assert len(built) == 2
+    state = {"model": Stable([weights["w"], weights["new"]], build)}
+    assert round_trip(state, known)["model"].keys() == weights.keys()
+    weights["n"] = 4
+    state = {"model": Stable([weights["w"], weights["new"]], build, key=4)}
+    assert round_trip(state, known)["model"]["n"] == 4
+    assert len(built) == 3
 
 
 def test_the_numbers_of_parts_do_not_mix() -> None:
     state = {
-        "a": Stable(1, lambda: [torch.tensor(1.0), torch.tensor(2.0)]),
+        "a": Stable([], lambda: [torch.tensor(1.0), torch.tensor(2.0)]),
         "b": torch.tensor(3.0),
-        "c": {"d": Stable(2, lambda: {"e": torch.tensor(4.0)})},
+        "c": {"d": Stable([], lambda: {"e": torch.tensor(4.0)})},
     }
     assert round_trip(state) == {
         "a": [torch.tensor(1.0), torch.tensor(2.0)],

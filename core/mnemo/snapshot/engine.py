@@ -184,15 +184,14 @@ class SnapshotEngine:
             self.counters.dropped += 1  # it still waits for a buffer: so would this one
             return
         taken = tree.take_apart(state, self._parts)
-        plan = self._plan = plan_for(self._plan, taken, volatile, watch, self._at_once)
-        tensors = taken.all_tensors()
-        plan.look_again(tensors)
+        plan, tensors = plan_for(self._plan, taken, volatile, watch, self._at_once)
+        self._plan = plan
         for target, source in plan.own_moves():
             if isinstance(source, torch.Tensor):
                 torch.from_numpy(target).copy_(source)
             else:
                 np.copyto(target, source)
-        shared = [tensors[i][1] for i in plan.shared]
+        shared = plan.shared_of(tensors)
         count = self.counters.captured
         verify = self._verify or count < _FIRST_VERIFIED or count % _VERIFY_EVERY == 0
         versions = [t._version for t in shared]
@@ -223,7 +222,7 @@ class SnapshotEngine:
         job = self._job
         if job is None:
             return True
-        if not job.granted.wait(min(timeout_s, GRANT_LIMIT_S)) and job.give_up():
+        if not job.granted.wait(timeout_s) and job.give_up():
             return True
         return job.done.wait(timeout_s)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +20,18 @@ class CopyPlan:
     """A layout, views of the tensors it was made for, and the copies to be done."""
 
     parts: list[tree.Part]
+    members: list[torch.Tensor]
+    """Tensors of ``parts``."""
     signature: list[tuple[Any, ...]]
+    """Of the tensors outside stable parts."""
     names: list[str]
     layout: Layout
-    own: list[int]
+    own: frozenset[int]
+    """Numbers of the tensors that are copied at once."""
     shared: list[int]
     numbers: list[str]
     pointers: list[int]
-    """``data_ptr`` of the tensors outside stable parts."""
+    """``data_ptr`` of all tensors."""
     loose: list[int]
     """Tensors without one stretch of memory: their sources are copies, made anew each time."""
     sources: list[Bytes | torch.Tensor]
@@ -37,6 +42,8 @@ class CopyPlan:
     """By segment: how to fill its own and its shared part."""
     witnessed: int = 0
     at_once: list[tuple[Bytes, Bytes | torch.Tensor]] | None = None
+    lasting: list[torch.Tensor] | None = None
+    """The shared ones among ``members``."""
 
     def own_moves(self) -> list[tuple[Bytes, Bytes | torch.Tensor]]:
         """The copies that are done at once, into ``stage``."""
@@ -45,33 +52,47 @@ class CopyPlan:
             self.at_once = [(self.stage[e.offset : e.offset + e.nbytes], s) for e, s in places]
         return self.at_once
 
-    def fits(
-        self, taken: tree.TakenApart, signature: list[tuple[Any, ...]], pointers: list[int]
-    ) -> bool:
-        """Whether this plan is for these tensors; follows those that have moved."""
-        if (
-            self.signature != signature
-            or len(self.parts) != len(taken.parts)
-            or any(a is not b for a, b in zip(self.parts, taken.parts, strict=True))
-        ):
-            return False
-        if self.pointers != pointers:
-            lazy = set(self.shared)
-            moved = zip(taken.tensors, self.pointers, pointers, strict=True)
-            for i, ((_, tensor), old, new) in enumerate(moved):
-                if old != new:
-                    self.sources[i] = _view(tensor)
-                    self.at_once = None
-                    if i in lazy:
-                        self.chunks = None
-            self.pointers = pointers
-        return True
+    def shared_of(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Those of all ``tensors`` that are copied in the background, in the order of `shared`."""
+        fleeting = len(self.signature)
+        if self.lasting is None:
+            self.lasting = [tensors[i] for i in self.shared if i >= fleeting]
+        return [
+            tensors[i] for i in self.shared[: len(self.shared) - len(self.lasting)]
+        ] + self.lasting
 
-    def look_again(self, tensors: tree.Named) -> None:
-        """Copy those tensors together that do not fill one stretch of memory."""
-        for i in self.loose:
-            self.sources[i] = _view(tensors[i][1])
+    def is_for(self, taken: tree.TakenApart, signature: list[tuple[Any, ...]]) -> bool:
+        """Whether this plan is for these tensors, wherever their memory lies."""
+        return (
+            self.signature == signature
+            and len(self.parts) == len(taken.parts)
+            and all(map(operator.is_, self.parts, taken.parts))
+        )
+
+    def follow(self, tensors: list[torch.Tensor], pointers: list[int]) -> bool:
+        """Look for the tensors where they are now.
+
+        Returns:
+            False if one has another form by now, so that this plan is of no use.
+        """
+        if self.pointers != pointers:
+            moved = [
+                i for i, (a, b) in enumerate(zip(self.pointers, pointers, strict=True)) if a != b
+            ]
+            for i in moved:
+                tensor, entry = tensors[i], self.layout.entries[i]
+                strides = entry.strides if i in self.loose else tensor.stride()
+                if tensor.shape != entry.shape or strides != entry.strides:
+                    return False
+                self.sources[i] = _view(tensor)
             self.at_once = None
+            if not self.own.issuperset(moved):
+                self.chunks = None
+            self.pointers = pointers
+        for i in self.loose:  # copied together again
+            self.sources[i] = _view(tensors[i])
+            self.at_once = None
+        return True
 
     def chunks_of(self, start: int, stop: int) -> list[list[copier.Piece]]:
         """What the chunks ``[start, stop)`` of the shared part consist of."""
@@ -123,8 +144,8 @@ def plan_for(
     volatile: Collection[int],
     watch: tuple[str, ...],
     at_once: Collection[str],
-) -> CopyPlan:
-    """The plan ``known`` if it is for the same tensors, else a new one.
+) -> tuple[CopyPlan, list[torch.Tensor]]:
+    """The plan ``known`` if it is for the same tensors, else a new one; and all tensors.
 
     Args:
         known: The plan of the snapshot before.
@@ -133,13 +154,26 @@ def plan_for(
         watch: Path prefixes of tensors that must be finite.
         at_once: Paths of tensors that were seen to change.
     """
-    pointers = [t.data_ptr() for _, t in taken.tensors]
+    fleeting = [t for _, t in taken.tensors]
     signature = [
-        (name, t.dtype, t.shape, t.stride(), t.device, p in volatile)
-        for (name, t), p in zip(taken.tensors, pointers, strict=True)
+        (name, t.dtype, t.shape, t.stride(), t.device, t.data_ptr() in volatile)
+        for name, t in taken.tensors
     ]
-    if known is not None and known.fits(taken, signature, pointers):
-        return known
+    if known is not None and known.is_for(taken, signature):
+        current = fleeting + known.members
+        if known.follow(current, [t.data_ptr() for t in current]):
+            return known, current
+    plan = _make_plan(taken, signature, volatile, watch, at_once)
+    return plan, fleeting + plan.members
+
+
+def _make_plan(
+    taken: tree.TakenApart,
+    signature: list[tuple[Any, ...]],
+    volatile: Collection[int],
+    watch: tuple[str, ...],
+    at_once: Collection[str],
+) -> CopyPlan:
     tensors = taken.all_tensors()
     loose = [i for i, (_, t) in enumerate(tensors) if not is_dense(t)]
     dense = [(name, t if is_dense(t) else t.contiguous()) for name, t in tensors]
@@ -155,13 +189,14 @@ def plan_for(
     layout = make_layout(dense, own)
     return CopyPlan(
         parts=taken.parts,
+        members=[t for _, t in tensors[fleeting:]],
         signature=signature,
         names=[name for name, _ in dense],
         layout=layout,
-        own=[i for i, o in enumerate(own) if o],
+        own=frozenset(i for i, o in enumerate(own) if o),
         shared=[i for i, o in enumerate(own) if not o],
         numbers=[_number(name, t, watch) for name, t in dense],
-        pointers=pointers,
+        pointers=[t.data_ptr() for _, t in tensors],
         loose=loose,
         sources=[_view(t) for _, t in dense],
         stage=np.zeros(layout.own_padded, dtype=np.uint8),

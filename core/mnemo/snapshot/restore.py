@@ -27,6 +27,9 @@ from mnemo.transport import auth
 from mnemo.types import GenerationState
 
 _THREADS = 2
+_STRETCH = 64 << 20
+"""Bytes of tensors that share one allocation, and are freed together."""
+_ALIGN = 64
 _MOST_BUFFERS = 1024
 """IOV_MAX: buffers that one system call fills."""
 _UNREADABLE = (
@@ -137,7 +140,7 @@ def read_state(sources: Mapping[int, Source], rank: int, secret: bytes | None) -
 
 def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
     """Fresh memory of every tensor, filled from the chunks of all sources; the first is ours."""
-    memory: list[Bytes] = [np.empty(entry.nbytes, dtype=np.uint8) for entry in meta.tensors]
+    memory = _allocate(meta.tensors)
     order = sorted(range(len(memory)), key=lambda i: meta.tensors[i].offset)
     starts = [meta.tensors[i].offset for i in order]
     shared = meta.total - sources[0].shared_offset
@@ -185,6 +188,21 @@ def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
         raise IntegrityError(
             f"{missing} bytes of rank {meta.rank}'s state are in no segment of the generation"
         )
+    return memory
+
+
+def _allocate(entries: tuple[TensorEntry, ...]) -> list[Bytes]:
+    """Memory for every tensor, neighbours in one stretch: most of it is then huge pages."""
+    memory: list[Bytes] = []
+    places: list[tuple[int, int]] = []
+    size = 0
+    for i, entry in enumerate(entries):
+        places.append((size, size + entry.nbytes))
+        size += -(-entry.nbytes // _ALIGN) * _ALIGN
+        if size >= _STRETCH or i == len(entries) - 1:
+            stretch = np.empty(size, dtype=np.uint8)
+            memory += [stretch[start:stop] for start, stop in places]
+            places, size = [], 0
     return memory
 
 

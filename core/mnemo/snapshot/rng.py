@@ -25,7 +25,7 @@ def capture_rng() -> dict[str, Any]:
         ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all()
-        if torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         else [],
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import operator
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -27,21 +28,32 @@ Named = list[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Stable:
-    """A part of a state whose structure is the same as long as ``token`` is."""
+    """A part of a state whose structure is the same as long as its tensors are the same objects."""
 
-    token: object
-    """Compared with the token of the snapshot before; cheap to make."""
+    members: list[torch.Tensor]
+    """Its tensors, in any order; cheap to list."""
     build: Callable[[], object]
     """Gives the part itself."""
+    key: object = None
+    """What else it depends on."""
 
 
 @dataclass(frozen=True)
 class Part:
     """A stable part, taken apart: ``skeleton`` pickled, ``tensors`` named with their paths."""
 
-    token: object
+    source: Stable
     skeleton: bytes
     tensors: Named
+
+    def is_of(self, stable: Stable) -> bool:
+        """Whether nothing has to be listed again. Looks at no tensor: that misses every cache."""
+        ours, theirs = self.source.members, stable.members
+        return (
+            len(ours) == len(theirs)
+            and all(map(operator.is_, ours, theirs))
+            and self.source.key == stable.key
+        )
 
 
 @dataclass
@@ -98,7 +110,7 @@ def take_apart(state: object, known: dict[str, Part] | None = None) -> TakenApar
             return {MARK: _list(value, path, taken.tensors, seen)} if is_plain(value) else value
         if kind is Stable:
             part = known.get(path)
-            if part is None or part.token != value.token:
+            if part is None or not part.is_of(value):
                 part = known[path] = _part(value, path)
             taken.parts.append(part)
             return {_PART: len(taken.parts)}
@@ -119,7 +131,7 @@ def _is_named_tuple(value: object) -> bool:
 
 def _part(stable: Stable, path: str) -> Part:
     inner = take_apart({path: stable.build()})
-    return Part(stable.token, pickle.dumps(inner.skeleton[path], protocol=2), inner.tensors)
+    return Part(stable, pickle.dumps(inner.skeleton[path], protocol=2), inner.tensors)
 
 
 def _list(
