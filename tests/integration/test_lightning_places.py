@@ -108,3 +108,19 @@ def test_three_ranks_whose_buckets_change(lab: Lab, tmp_path: Path) -> None:
     """DDP sums the first gradients of a life in another order, which three ranks can see."""
     lives = lab.lives("plain", tmp_path / "killed", kill_at("backward:1", rank=2), ranks=3)
     assert "not exact (DDP adds the gradients of the first step in another order" in lives[1].said
+
+
+def test_lightnings_checkpoint_of_an_error_is_no_newer(lab: Lab, tmp_path: Path) -> None:
+    """`OnExceptionCheckpoint` makes Lightning resume from its file without being asked to."""
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    alone.mkdir()
+    (alone / "failed").touch()
+    assert lab.life("on_exception", alone, mnemo=False).codes == [0]
+    life = lab.life("on_exception", out, run_id="run")
+    assert life.codes == [1]
+    assert "a mistake of the user's" in life.said
+    assert (out / "on_exception.ckpt").exists()
+    life = lab.life("on_exception", out, run_id="run")
+    assert life.codes == [0], life.said
+    assert "resumed from memory at step 6, 0 steps lost" in life.said
+    assert_same(alone, out)

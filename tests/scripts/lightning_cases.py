@@ -71,7 +71,8 @@ def extra(trainer: pl.Trainer) -> dict[str, Any]:
     """What else must be equal at the end."""
     found: dict[str, Any] = {}
     for callback in trainer.checkpoint_callbacks:
-        assert isinstance(callback, ModelCheckpoint)
+        if not isinstance(callback, ModelCheckpoint):
+            continue
         state = callback.state_dict()
         where = str(trainer.default_root_dir)
         found.setdefault("checkpoints", []).append(repr(state).replace(where, ""))
@@ -958,6 +959,7 @@ def on_exception(out):
     """Fails in step 7, once; Lightning then saves a checkpoint, which the next fit looks for."""
     case = plain(out)
     case.callbacks += [FailsOnce(out), OnExceptionCheckpoint(out)]
+    case.trainer["enable_checkpointing"] = True
     return case
 
 
