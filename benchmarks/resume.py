@@ -82,7 +82,8 @@ def _live(directory: Path, blocks: int, life: str) -> None:
     from benchmarks.training import Training
     from mnemo.config import load_config
     from mnemo.session.identity import RunIdentity
-    from mnemo.session.keeper import Keeper, Place
+    from mnemo.session.keeper import Keeper
+    from mnemo.session.place import Place
     from mnemo.smp.board import Position
     from mnemo.snapshot.listing import MODULE_PARTS, join_module_state
 

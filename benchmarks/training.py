@@ -14,7 +14,8 @@ from torch import nn
 
 from mnemo.config import load_config
 from mnemo.session.identity import RunIdentity
-from mnemo.session.keeper import Keeper, Place
+from mnemo.session.keeper import Keeper
+from mnemo.session.place import Place
 from mnemo.smp.board import Position
 from mnemo.snapshot.listing import module_state, optimizer_state
 

@@ -16,7 +16,8 @@ from lightning_mnemo.data import DataPosition
 from lightning_mnemo.extras import Extras
 from lightning_mnemo.metrics import restore_metrics
 from lightning_mnemo.outputs import Outputs
-from mnemo.session.keeper import Keeper, Restored
+from mnemo.session.finder import Restored
+from mnemo.session.keeper import Keeper
 from mnemo.session.report import say
 from mnemo.snapshot.rng import restore_rng
 

@@ -9,7 +9,8 @@ import torch
 
 from mnemo.config import load_config
 from mnemo.session.identity import RunIdentity
-from mnemo.session.keeper import Keeper, Place
+from mnemo.session.keeper import Keeper
+from mnemo.session.place import Place
 from mnemo.smp.board import Position
 from mnemo.snapshot.listing import MODULE_PARTS, join_module_state, module_state, optimizer_state
 from mnemo.snapshot.rng import restore_rng

@@ -6,7 +6,9 @@ snapshots at step boundaries, and ends well, and on `loader`, which makes data l
 
 from __future__ import annotations
 
-from mnemo.session.keeper import Keeper, Place, Restored
+from mnemo.session.finder import Restored
+from mnemo.session.keeper import Keeper
+from mnemo.session.place import Place
 from mnemo.session.session import Session
 
 __all__ = ["Keeper", "Place", "Restored", "Session"]

@@ -10,26 +10,25 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mnemo import faults
-from mnemo.config import Overrun, ResolvedConfig, Resume
-from mnemo.errors import MnemoError, NothingToResumeError, SmpError
+from mnemo.config import Overrun, ResolvedConfig
+from mnemo.errors import MnemoError, SmpError
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import announce, report
+from mnemo.session.finder import Finder, Restored, persist_settings
 from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
-from mnemo.session.sources import NOTHING, Candidate, MemorySource, StorageSource, newest_common
+from mnemo.session.place import Place
+from mnemo.session.sources import NOTHING
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
 from mnemo.smp.link import Link
 from mnemo.smp.memory import memory_limit, survival_domain
 from mnemo.smp.paths import RunPaths
-from mnemo.smp.persist import store_id
-from mnemo.smp.segment import TensorEntry
 from mnemo.snapshot.engine import SnapshotEngine
 from mnemo.snapshot.frequency import Cadence
 from mnemo.snapshot.layout import Share
@@ -37,44 +36,6 @@ from mnemo.snapshot.rng import capture_rng
 from mnemo.transport import auth
 
 log = logging.getLogger("mnemo")
-
-
-def _alone(value: int) -> tuple[int, int]:
-    """Agreement of a single rank with itself."""
-    return value, value
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among the ranks."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    members: int = 1
-    """Ranks on this node."""
-    replicas: bool = False
-    """Whether all members hold the same parameters and optimizer state."""
-    agree: Callable[[int], tuple[int, int]] = _alone
-    """Collective: smallest and largest of the ranks' values."""
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a rank goes on from."""
-
-    state: Any
-    rng: dict[str, Any]
-    tick: int
-    step: int
-    origin: str
-    """``memory`` or ``storage``."""
-    entries: tuple[TensorEntry, ...]
-    """What tensors the snapshot holds."""
-    fingerprints: dict[str, str]
-    """Those given to `Keeper.begin` when it was taken."""
-    base: int
-    """Boundaries that counted as done before the run was begun anew."""
 
 
 class Keeper:
@@ -105,25 +66,17 @@ class Keeper:
         self.fit = fit
         self.paths = RunPaths.of(identity.run_id, config.run.dir)
         self.journal = Journal(journal_path(config.run.journal, identity.run_id))
-        persist = None
-        if config.persist.to:
-            url = (
-                config.persist.to
-                if "://" in config.persist.to
-                else str(Path(config.persist.to).absolute())
-            )
-            persist = m.PersistSettings(url, config.persist.every, config.persist.keep)
-        self._persist = persist
-        self._storage: StorageSource | None = None
-        if persist is not None:
-            name = store_id(identity.run_id, fit)
-            self._storage = StorageSource(persist, name, place.rank, place.members)
+        self._persist = persist = persist_settings(config)
         join = m.Join(fit, place.rank, place.members, config.snapshot.keep_alive, persist)
         self._link = Link(
             self.paths, join, on_loss=lambda words: self.degraded("smp replaced", words)
         )
         faults.identify(rank=place.rank, smp_pid=self._link.smp_pid)
         self._secret = auth.load_or_create_secret(self.paths.secret)
+        self._launch = launch_of()
+        self._finder = Finder(
+            config, identity, place, self._link, self._secret, persist, fit, self._launch
+        )
         self._cadence = Cadence(config.snapshot.every, config.snapshot.overhead)
         self._engine: SnapshotEngine | None = None
         self._last_boundary: float | None = None
@@ -138,7 +91,6 @@ class Keeper:
         self._opened = time.time()
         self._then: dict[str, str] = {}
         self._changes: list[str] = []
-        self._launch = launch_of()
 
     # --- beginning ----------------------------------------------------------------------------
 
@@ -150,33 +102,7 @@ class Keeper:
         Raises:
             NothingToResumeError: Resuming is required and there is nothing.
         """
-        wanted = self.config.run.resume
-        found = self._find()
-        if wanted is Resume.never and found is not None and not self._is_of_this_launch(found):
-            found = None
-        if found is None and wanted is Resume.required:
-            raise NothingToResumeError(
-                f"run.resume is 'required', but run {self.identity.run_id} has no snapshot in "
-                "memory"
-                + (
-                    f" and no checkpoint in {self._persist.url}"
-                    if self._persist
-                    else " and persist.to is not set"
-                )
-                + ". Start with run.resume=auto to begin anew"
-            )
-        if found is None:
-            return None
-        return Restored(
-            found.state["state"],
-            found.state["rng"],
-            found.tick,
-            found.step,
-            found.origin,
-            found.entries,
-            found.identity,
-            found.state["base"],
-        )
+        return self._finder.find()
 
     def accept(
         self, restored: Restored, model: Mapping[str, torch.Tensor], prefixes: Sequence[str]
@@ -205,8 +131,7 @@ class Keeper:
         """
         self._link.ask(m.Resume(NOTHING), m.Done)
         self._reached = 0
-        stored = self._storage.newest_tick() if self._storage is not None else NOTHING
-        _, newest = self.place.agree(stored)
+        newest = self._finder.newest_stored()
         every = self.config.snapshot.every or 1
         self._base = -(-(newest // 2 + 1) // every) * every
         self._lead(self._base)
@@ -225,19 +150,6 @@ class Keeper:
         if changes and self.place.rank == 0:
             report.say(f"resumed although these changed since the snapshot: {', '.join(changes)}")
             self.journal.write("changed", run=self.identity.run_id, what=changes)
-
-    def _find(self) -> Candidate | None:
-        memory = MemorySource(self._link, self.place.rank, self._secret)
-        found = newest_common(memory, self.place.agree)
-        if self._storage is not None:
-            newer_than = found.tick if found else NOTHING
-            stored = newest_common(self._storage, self.place.agree, newer_than)
-            found = stored or found
-        return found
-
-    def _is_of_this_launch(self, found: Candidate) -> bool:
-        """Whether an earlier life of this very launch began what was found, and then crashed."""
-        return self._launch != "" and found.identity.get("launch") == self._launch
 
     def announce(self, restored: Restored | None, *, exact: bool = True, note: str = "") -> None:
         """The line that every start prints, and the journal's record of it. Rank 0 only."""
@@ -284,16 +196,8 @@ class Keeper:
             report.say(
                 f"{report.size(total)} of {report.size(limit.total)} {limit.bound} memory for "
                 f"snapshots · survives {', '.join(survived)} · not the loss of the node"
-                f"{self._beyond_the_node()}"
+                f"{self._finder.beyond_the_node()}"
             )
-
-    def _beyond_the_node(self) -> str:
-        """What survives it; for the start line."""
-        if self._persist is None or self._storage is None:
-            return " (persist.to is not set)"
-        if not self._storage.takes_checkpoints():
-            return f", for {self._persist.url} cannot be used"
-        return f": {self._persist.url} does"
 
     def _lead(self, boundary: int) -> None:
         if self.place.local_rank == 0:
@@ -419,7 +323,7 @@ class Keeper:
 
     @property
     def counters(self) -> Any:
-        """`mnemo.snapshot.engine.Counters` of this rank."""
+        """`mnemo.snapshot.job.Counters` of this rank."""
         assert self._engine is not None
         return self._engine.counters
 

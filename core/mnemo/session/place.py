@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +14,28 @@ import torch.distributed as dist
 from mnemo.config import ResolvedConfig
 from mnemo.errors import ConfigError
 from mnemo.session.identity import RunIdentity, resolve_identity
-from mnemo.session.keeper import Place
 
 _fits = itertools.count()
+
+
+def _alone(value: int) -> tuple[int, int]:
+    """Agreement of a single rank with itself."""
+    return value, value
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the ranks."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    members: int = 1
+    """Ranks on this node."""
+    replicas: bool = False
+    """Whether all members hold the same parameters and optimizer state."""
+    agree: Callable[[int], tuple[int, int]] = _alone
+    """Collective: smallest and largest of the ranks' values."""
 
 
 def next_fit() -> int:
@@ -31,9 +52,15 @@ def current_place(*, replicas: bool, device: torch.device | None = None) -> Plac
     """This process's place among the ranks of the default process group.
 
     Raises:
-        ConfigError: The ranks are spread over several nodes, which this version does not do.
+        ConfigError: The ranks are spread over several nodes, which this version does not do; or
+            there are several that do not know each other yet.
     """
     if not is_distributed():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not "
+                "initialised: call torch.distributed.init_process_group() before mnemo starts"
+            )
         return Place()
     world = dist.get_world_size()
     members = int(os.environ.get("LOCAL_WORLD_SIZE", world))

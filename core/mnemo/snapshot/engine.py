@@ -18,7 +18,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -31,6 +30,7 @@ from mnemo.smp import segment
 from mnemo.smp.link import Link
 from mnemo.smp.segment import CHUNK, PAGE
 from mnemo.snapshot import copier, tree
+from mnemo.snapshot.job import CancelledError, Counters, Job
 from mnemo.snapshot.layout import Bytes, Share
 from mnemo.snapshot.plan import CopyPlan, plan_for
 from mnemo.transport import auth
@@ -46,65 +46,6 @@ _MADV_POPULATE_WRITE: Final = 23
 _FIRST_VERIFIED: Final = 3
 _VERIFY_EVERY: Final = 64
 _WITNESS_ROUNDS: Final = 64
-
-
-@dataclass
-class Counters:
-    """What happened so far. Seconds are of the training thread unless said otherwise."""
-
-    captured: int = 0
-    sealed: int = 0
-    dropped: int = 0
-    torn: int = 0
-    suspect: int = 0
-    failed: int = 0
-    stall_s: float = 0.0
-    capture_s: float = 0.0
-    copy_s: float = 0.0
-    """Seconds of the copy thread in the newest copy."""
-
-
-@dataclass
-class _Job:
-    """One snapshot on its way."""
-
-    tick: int
-    step: int
-    plan: CopyPlan
-    small: bytes
-    position: dict[str, int]
-    tensors: list[torch.Tensor]
-    versions: list[int]
-    before: list[int] | None
-    """Digests of this rank's chunks when the snapshot was taken, where it is verified."""
-    granted: threading.Event = field(default_factory=threading.Event)
-    copied: threading.Event = field(default_factory=threading.Event)
-    done: threading.Event = field(default_factory=threading.Event)
-    cancelled: bool = False
-    _turn: threading.Lock = field(default_factory=threading.Lock)
-
-    def start(self) -> None:
-        """Copy thread: a buffer is there, from here on an update has to wait.
-
-        Raises:
-            _CancelledError: It has not waited for that.
-        """
-        with self._turn:
-            if self.cancelled:
-                raise _CancelledError("no buffer became free in time")
-            self.granted.set()
-
-    def give_up(self) -> bool:
-        """Training thread: do not wait for it. False if its copy has begun: wait for its end."""
-        with self._turn:
-            self.cancelled = True
-            if not self.granted.is_set():
-                self.copied.set()
-            return not self.granted.is_set()
-
-
-class _CancelledError(SnapshotError):
-    """The training went on without this snapshot."""
 
 
 class SnapshotEngine:
@@ -147,8 +88,8 @@ class SnapshotEngine:
         self._at_once: set[str] = set()
         self._maps: dict[int, Bytes] = {}
         self._inodes: dict[int, int] = {}
-        self._job: _Job | None = None
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._job: Job | None = None
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._not_stored = ""
         self.counters = Counters()
         self.committed: m.Generation | None = None
@@ -199,7 +140,7 @@ class SnapshotEngine:
         if verify:
             bounds = self._share.bounds(plan.layout.shared_size)
             before = [copier.hash_chunk(chunk) for chunk in plan.chunks_of(*bounds)]
-        self._job = _Job(tick, step, plan, taken.pack(), position, shared, versions, before)
+        self._job = Job(tick, step, plan, taken.pack(), position, shared, versions, before)
         self.counters.captured += 1
         self._jobs.put(self._job)
         self.counters.capture_s += time.perf_counter() - begun
@@ -241,7 +182,7 @@ class SnapshotEngine:
         while (job := self._next_job()) is not None:
             try:
                 self._take(job)
-            except _CancelledError:
+            except CancelledError:
                 self.counters.dropped += 1
                 self._tell_dropped(job)
             except MnemoError as error:
@@ -263,7 +204,7 @@ class SnapshotEngine:
                 job.copied.set()
                 job.done.set()
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Job | None:
         """Wait for work; meanwhile see to it that somebody else holds the memory too."""
         while True:
             with contextlib.suppress(queue.Empty):
@@ -273,7 +214,7 @@ class SnapshotEngine:
             except Exception:
                 log.exception("the snapshot process could not be looked after")
 
-    def _take(self, job: _Job) -> None:
+    def _take(self, job: Job) -> None:
         layout = job.plan.layout
         start, stop = self._share.bounds(layout.shared_size)
         size = layout.own_padded + stop - start
@@ -299,13 +240,13 @@ class SnapshotEngine:
                 "suspect",
                 f"step {job.step} has non-finite parameters: the snapshot before it is kept",
             )
-            raise _CancelledError("non-finite parameters")
+            raise CancelledError("non-finite parameters")
         faults.reach("seal", step=job.step)
         self._seal(job, granted.index, fd, size, (start, stop), own + shared, witness)
 
     def _seal(
         self,
-        job: _Job,
+        job: Job,
         index: int,
         fd: int,
         size: int,
@@ -315,7 +256,7 @@ class SnapshotEngine:
     ) -> None:
         layout = job.plan.layout
         if job.cancelled:
-            raise _CancelledError("given up before it was sealed")
+            raise CancelledError("given up before it was sealed")
         meta = segment.Meta(
             rank=self._rank,
             members=self._share.replicas,
@@ -371,11 +312,11 @@ class SnapshotEngine:
 
     @staticmethod
     def _unless_cancelled(
-        job: _Job, chunks: copier.Job
+        job: Job, chunks: copier.Job
     ) -> Iterator[tuple[Bytes, list[copier.Move]]]:
         for i, chunk in enumerate(chunks):
             if job.cancelled:
-                raise _CancelledError("the update did not wait")
+                raise CancelledError("the update did not wait")
             if i == len(chunks) // 2:
                 faults.reach("mid_copy", step=job.step)
             yield chunk
@@ -393,7 +334,7 @@ class SnapshotEngine:
         plan.witnessed += 1
         return {i: copier.hash_chunk(plan.chunks[i]) for i in chosen}
 
-    def _check_untouched(self, job: _Job, chunks: list[list[copier.Piece]], digests: bytes) -> None:
+    def _check_untouched(self, job: Job, chunks: list[list[copier.Piece]], digests: bytes) -> None:
         """Nothing was written while it was being copied, or the snapshot is void."""
         names = [job.plan.names[i] for i in job.plan.shared]
         touched = [
@@ -413,7 +354,7 @@ class SnapshotEngine:
                 "it is copied at once from now on, which stalls the step"
             )
 
-    def _tell_dropped(self, job: _Job) -> None:
+    def _tell_dropped(self, job: Job) -> None:
         try:
             self._link.ask(m.Drop(job.tick), m.Done)
         except MnemoError as error:

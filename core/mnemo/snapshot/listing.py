@@ -52,7 +52,7 @@ _BASE: Final = torch.nn.Module
 def _has_own_ways(module: torch.nn.Module) -> bool:
     """Whether a module puts more or other things into its state dict than torch would."""
     return bool(
-        module._state_dict_hooks or module._state_dict_pre_hooks or _is_special(type(module))
+        module._state_dict_hooks or module._state_dict_pre_hooks or _is_special(type(module))  # type: ignore[arg-type]
     )
 
 

@@ -1,0 +1,115 @@
+"""Looks for the state that a run goes on from, in memory and on storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnemo.config import ResolvedConfig, Resume
+from mnemo.errors import NothingToResumeError
+from mnemo.session.identity import RunIdentity
+from mnemo.session.place import Place
+from mnemo.session.sources import NOTHING, Candidate, MemorySource, StorageSource, newest_common
+from mnemo.smp import messages as m
+from mnemo.smp.link import Link
+from mnemo.smp.persist import store_id
+from mnemo.smp.segment import TensorEntry
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a rank goes on from."""
+
+    state: Any
+    rng: dict[str, Any]
+    tick: int
+    step: int
+    origin: str
+    """``memory`` or ``storage``."""
+    entries: tuple[TensorEntry, ...]
+    """What tensors the snapshot holds."""
+    fingerprints: dict[str, str]
+    """Those given to `Keeper.begin` when it was taken."""
+    base: int
+    """Boundaries that counted as done before the run was begun anew."""
+
+
+def persist_settings(config: ResolvedConfig) -> m.PersistSettings | None:
+    """Where and how often checkpoints are stored, None if they are not."""
+    to = config.persist.to
+    if not to:
+        return None
+    url = to if "://" in to else str(Path(to).absolute())
+    return m.PersistSettings(url, config.persist.every, config.persist.keep)
+
+
+class Finder:
+    """See the module. One rank's; what it does is collective."""
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        identity: RunIdentity,
+        place: Place,
+        link: Link,
+        secret: bytes,
+        persist: m.PersistSettings | None,
+        fit: int,
+        launch: str,
+    ) -> None:
+        self._resume = config.run.resume
+        self._identity = identity
+        self._agree = place.agree
+        self._memory = MemorySource(link, place.rank, secret)
+        self._storage: StorageSource | None = None
+        self._url = persist.url if persist is not None else ""
+        if persist is not None:
+            name = store_id(identity.run_id, fit)
+            self._storage = StorageSource(persist, name, place.rank, place.members)
+        self._launch = launch
+
+    def find(self) -> Restored | None:
+        """See `Keeper.find`."""
+        found = newest_common(self._memory, self._agree)
+        if self._storage is not None:
+            newer_than = found.tick if found else NOTHING
+            found = newest_common(self._storage, self._agree, newer_than) or found
+        if self._resume is Resume.never and found is not None and not self._is_of_launch(found):
+            found = None
+        if found is None and self._resume is Resume.required:
+            raise NothingToResumeError(
+                f"run.resume is 'required', but run {self._identity.run_id} has no snapshot in "
+                "memory and "
+                + (f"no checkpoint in {self._url}" if self._url else "persist.to is not set")
+                + ". Start with run.resume=auto to begin anew"
+            )
+        if found is None:
+            return None
+        return Restored(
+            found.state["state"],
+            found.state["rng"],
+            found.tick,
+            found.step,
+            found.origin,
+            found.entries,
+            found.identity,
+            found.state["base"],
+        )
+
+    def newest_stored(self) -> int:
+        """Newest tick of any checkpoint of the run, whoever can read it."""
+        stored = self._storage.newest_tick() if self._storage is not None else NOTHING
+        return self._agree(stored)[1]
+
+    def beyond_the_node(self) -> str:
+        """What survives the loss of the node; for the start line."""
+        if self._storage is None:
+            return " (persist.to is not set)"
+        if not self._storage.takes_checkpoints():
+            return f", for {self._url} cannot be used"
+        return f": {self._url} does"
+
+    def _is_of_launch(self, found: Candidate) -> bool:
+        """Whether an earlier life of this very launch began what was found, and then crashed."""
+        return self._launch != "" and found.identity.get("launch") == self._launch
