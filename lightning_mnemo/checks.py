@@ -71,10 +71,11 @@ def what_is_off(trainer: pl.Trainer) -> list[str]:
     """What this training lacks, in lines for its start."""
     lines = []
     if trainer.world_size > 1:
-        agent = "" if "MNEMO_AGENT" in os.environ else "mnemo run and "
         lines.append(
-            f"replacing a single rank is off: needs {agent}a later version's strategy; "
-            "a crash restarts all ranks from memory"
+            "when one rank dies, all start again from memory: this version replaces no single rank"
+            if "MNEMO_AGENT" in os.environ
+            else "when one rank dies, the others end too, and the next start resumes from memory: "
+            "mnemo run starts them again by itself"
         )
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         lines.append(

@@ -45,10 +45,13 @@ def test_the_other_package_of_the_same_code() -> None:
 
 def test_what_is_off_depends_on_who_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Pretends(SimpleNamespace(launcher=None, world_size=2))
-    assert what_is_off(trainer)[0].startswith("replacing a single rank is off: needs mnemo run")
+    monkeypatch.delenv("MNEMO_AGENT", raising=False)
+    [line] = what_is_off(trainer)
+    assert line.startswith("when one rank dies, the others end too")
+    assert "mnemo run" in line
     monkeypatch.setenv("MNEMO_AGENT", "1")
     [line] = what_is_off(trainer)
-    assert "mnemo run" not in line
+    assert line.startswith("when one rank dies, all start again from memory")
 
 
 def test_several_nodes() -> None:
