@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import sys
 import zlib
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ settings.load_profile("repeatable")
 def _warm_up(tmp_path_factory: pytest.TempPathFactory) -> None:
     tmp_path_factory.getbasetemp()  # before any test gets a temporary directory of its own
     leaks.warm_up()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, under nohup too
     gc.collect()
     gc.freeze()  # what is imported is no garbage: collecting after each test costs little
 

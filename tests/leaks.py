@@ -157,6 +157,8 @@ def _processes(room: Room) -> Iterator[Trace]:
             ):
                 continue
             process = psutil.Process(pid)
+            if process.status() == psutil.STATUS_ZOMBIE and process.ppid() == 1:
+                continue  # it has ended; some containers' first process is slow to take note
             command = process.name()
             with contextlib.suppress(psutil.ZombieProcess):
                 command = " ".join(process.cmdline())[:200]

@@ -43,7 +43,7 @@ def end(paths: RunPaths) -> None:
     if client is not None:
         with client, contextlib.suppress(MnemoError):
             client.tell(m.Shutdown(force=True))
-            assert client.wait_for_end()
+            wait_for_exit(client.pid)
     if paths.directory.exists():
         paths.remove()
 

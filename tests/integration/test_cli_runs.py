@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import holding, mnemo, status_of
 from safetensors.torch import load_file
+from smp_lab import wait_for_exit
 
 from mnemo.cli import runs
 from mnemo.recovery import journal
@@ -81,7 +82,7 @@ def test_a_run_that_is_training(zygote: Zygote, tmp_path: Path) -> None:
         answer = mnemo("clean", "gpt", "--force")
         assert answer.code == 0
         assert "gave up the snapshot of step 6; its ranks go on" in answer.out
-        assert not smp.is_running()
+        wait_for_exit(smp.pid, timeout_s=0)
         assert process.running()
         # the rank notices, starts another and hands it the memory
         deadline = time.monotonic() + 20
@@ -186,7 +187,7 @@ def test_a_snapshot_process_that_does_not_answer(
     finally:
         psutil.Process(pid).resume()
     psutil.Process(pid).kill()
-    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    wait_for_exit(pid)
     assert status_of("gpt")["state"] == "left over"
     assert mnemo("clean", "gpt").code == 0
     assert not RunPaths.of("gpt", os.environ["MNEMO_RUN__DIR"]).directory.exists()
@@ -198,7 +199,7 @@ def test_looking_on_does_not_prolong_a_dead_runs_life(zygote: Zygote) -> None:
     smp = psutil.Process(status_of("gpt")["smp"]["pid"])
     first = status_of("gpt")["kept_for_s"]
     assert status_of("gpt")["kept_for_s"] < first <= 2
-    smp.wait(timeout=20)
+    wait_for_exit(smp.pid)
     assert mnemo("status", "gpt").code == 1
 
 

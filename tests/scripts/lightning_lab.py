@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import lightning_cases
 import numpy as np
 import torch
+from torch.utils.data._utils import worker
 
 from lightning_mnemo import MnemoCallback
 from mnemo import faults
@@ -114,6 +115,7 @@ class Settled(pl.Callback):
 def run(request: dict[str, Any]) -> None:
     """Each fit of the case, in this process."""
     torch.set_num_threads(1)
+    worker.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds in which a killed life's workers end; else 5
     out = Path.cwd()
     for fit, case in enumerate(lightning_cases.make(request["case"], out)):
         recorder = Recorder(out, fit)
