@@ -187,7 +187,7 @@ def test_a_snapshot_process_that_does_not_answer(
     finally:
         psutil.Process(pid).resume()
     psutil.Process(pid).kill()
-    wait_for_exit(pid)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
     assert status_of("gpt")["state"] == "left over"
     assert mnemo("clean", "gpt").code == 0
     assert not RunPaths.of("gpt", os.environ["MNEMO_RUN__DIR"]).directory.exists()
