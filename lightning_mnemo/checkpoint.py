@@ -7,7 +7,6 @@ listed again only when their tensors are other ones. What is restored is the sam
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, cast
 
@@ -71,15 +70,15 @@ class _Listing(_CheckpointConnector):
 
 
 def _list_module(module: pl.LightningModule) -> Stable | dict[str, Any]:
-    """One part; a buffer that was replaced or has moved makes it another one."""
+    """One part. Buffers that are other objects, as those of metrics are, make it another one."""
     listed = module_state(module)
     parameters, rest = listed["parameters"], listed["rest"]
     if not isinstance(parameters, Stable) or not all(is_plain(t) for t in rest.values()):
         return module.state_dict()
-    buffers = tuple((name, t.data_ptr(), t.dtype, t.shape) for name, t in rest.items())
-    # The parameters themselves, not what is detached from them: memory may be given to them anew.
+    forms = [(name, t.dtype, t.shape) for name, t in rest.items()]
+    # The tensors themselves, not what is detached from them: memory may be given to them anew.
     build = functools.partial(module.state_dict, keep_vars=True)
-    return dataclasses.replace(parameters, build=build, key=(parameters.key, buffers))
+    return Stable([*parameters.members, *rest.values()], build, key=forms)
 
 
 def _list_optimizer(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.nn.parallel import DistributedDataParallel
 
 from mnemo.errors import ConfigError, ModelChangedError
 
@@ -88,26 +87,6 @@ def what_is_off(trainer: pl.Trainer) -> list[str]:
             "and the steps since the last snapshot are computed again"
         )
     return lines
-
-
-def first_sum_differs(trainer: pl.Trainer) -> str:
-    """Why the first step of a life may be rounded otherwise than in mid-life; '' if it is not.
-
-    DDP fills its buckets by the order of the parameters at first and by that of the gradients
-    after one backward pass, unless it looks for unused parameters. Where an element lies decides
-    in which order the ranks' values are added, which matters for more than two.
-    """
-    model = trainer.strategy.model
-    if (
-        trainer.world_size < 3
-        or not isinstance(model, DistributedDataParallel)
-        or (model.find_unused_parameters and not model.static_graph)
-    ):
-        return ""
-    return (
-        "DDP adds the gradients of the first step in another order, which more than two ranks "
-        "round differently: strategy='ddp_find_unused_parameters_true' does not"
-    )
 
 
 def optimizers_differ(step: int, run_id: str, error: Exception) -> ModelChangedError:

@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from lightning_mnemo import loops
-from lightning_mnemo.checks import first_sum_differs, optimizers_differ
+from lightning_mnemo.checks import optimizers_differ
 from lightning_mnemo.data import DataPosition
 from lightning_mnemo.extras import Extras
 from lightning_mnemo.metrics import restore_metrics
 from lightning_mnemo.outputs import Outputs
+from mnemo.session.exactness import first_sum_differs
 from mnemo.session.finder import Restored
 from mnemo.session.keeper import Keeper
 from mnemo.session.report import say
@@ -157,7 +158,8 @@ class Resume:
         self._order_unchecked = True
         restore_rng(restored.rng)
         repeated = "validation is repeated" if state["validation_pending"] else ""
-        inexact = [note for note in (data.note, first_sum_differs(trainer)) if note]
+        sums = first_sum_differs(trainer.strategy.model, trainer.world_size)
+        inexact = [note for note in (data.note, sums) if note]
         self._keeper.announce(
             restored, exact=not inexact, note="; ".join(filter(None, [repeated, *inexact]))
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mnemo.snapshot import tree
+from mnemo.snapshot.listing import join_module_state, module_state
 from mnemo.snapshot.tree import Stable
 
 if TYPE_CHECKING:
@@ -153,3 +154,47 @@ def test_the_numbers_of_parts_do_not_mix() -> None:
         "b": torch.tensor(3.0),
         "c": {"d": {"e": torch.tensor(4.0)}},
     }
+
+
+def test_a_part_with_a_tensor_that_is_not_plain_is_built_each_time() -> None:
+    sparse = torch.eye(2).to_sparse()
+    known: dict[str, tree.Part] = {}
+    for _ in range(2):
+        sparse = sparse * 2
+        state = {"part": Stable([], lambda kept=sparse: {"s": kept})}
+        assert torch.equal(round_trip(state, known)["part"]["s"].to_dense(), sparse.to_dense())
+
+
+def test_a_parameter_whose_memory_was_exchanged_is_found() -> None:
+    model = torch.nn.Linear(2, 2)
+    known: dict[str, tree.Part] = {}
+    round_trip(module_state(model), known)
+    model.weight.data = torch.full((2, 2), 7.0)
+    found = join_module_state(round_trip(module_state(model), known))
+    assert torch.equal(found["weight"], torch.full((2, 2), 7.0))
+
+
+class Counting(torch.nn.Module):
+    """Has a state beyond its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.register_buffer("total", torch.zeros(1))
+
+    def get_extra_state(self) -> int:
+        return self.seen
+
+    def set_extra_state(self, state: int) -> None:
+        self.seen = state
+
+
+def test_a_child_with_a_state_of_its_own_is_asked_each_time() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Counting())
+    known: dict[str, tree.Part] = {}
+    for number in range(3):
+        model[1].seen, model[1].total[0] = number, number
+        found = join_module_state(round_trip(module_state(model), known))
+        assert set(found) == set(model.state_dict())
+        assert (found["1._extra_state"], found["1.total"].item()) == (number, number)
+        assert torch.equal(found["0.weight"], model[0].weight)

@@ -76,7 +76,7 @@ class Start:
     def _frequency(self) -> str:
         every = self.config.snapshot.every
         if every is not None:
-            return f"a snapshot every {report.count(every, 'step')}"
+            return f"a snapshot every {'step' if every == 1 else f'{every} steps'}"
         return f"snapshots within {self.config.snapshot.overhead * 100:.3g}% of step time"
 
 

@@ -12,6 +12,7 @@ import torch
 from mnemo.config import load_config
 from mnemo.errors import ModelChangedError
 from mnemo.session import report
+from mnemo.session.exactness import first_sum_differs
 from mnemo.session.identity import data_fingerprint, optimizer_fingerprint, script_fingerprint
 from mnemo.session.keeper import Keeper
 from mnemo.session.passes import LoaderPosition
@@ -171,7 +172,8 @@ class Session:
             else:
                 self._load(restored.state)
                 data.prepare(restored.state["position"]["data"], keeper.degraded)
-                keeper.announce(restored, exact=not data.note, note=data.note)
+                note = data.note or first_sum_differs(self._model, place.world_size)
+                keeper.announce(restored, exact=not note, note=note)
         except BaseException:
             keeper.close(finished=False)
             raise

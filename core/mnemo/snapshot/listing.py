@@ -22,28 +22,35 @@ def module_state(module: torch.nn.Module) -> dict[str, Any]:
 
     `join_module_state` makes the state dict of it.
     """
+    if _has_own_ways(module):
+        return {"parameters": {}, "rest": module.state_dict()}
     members: list[torch.Tensor] = []
-    rest: dict[str, torch.Tensor] = {}
+    rest: dict[str, Any] = {}
     stack = [("", module)]
     while stack:  # torch's own walks make a generator a level, ten times as slow
-        prefix, child = stack.pop()
-        if _has_own_ways(child):
-            return {"parameters": {}, "rest": module.state_dict()}
-        if child._parameters:
-            members += [p for p in child._parameters.values() if p is not None]
-        if child._buffers:
-            for name, buffer in child._buffers.items():
-                if buffer is not None and name not in child._non_persistent_buffers_set:
+        prefix, parent = stack.pop()
+        if parent._parameters:
+            members += [p for p in parent._parameters.values() if p is not None]
+        if parent._buffers:
+            for name, buffer in parent._buffers.items():
+                if buffer is not None and name not in parent._non_persistent_buffers_set:
                     rest[prefix + name] = buffer
-        if child._modules:
-            for name, grandchild in child._modules.items():
-                if grandchild is not None:
-                    stack.append((f"{prefix}{name}.", grandchild))
+        if parent._modules:
+            for name, child in parent._modules.items():
+                if child is None:
+                    continue
+                path = f"{prefix}{name}."
+                if _has_own_ways(child):
+                    rest.update(child.state_dict(prefix=path))
+                else:
+                    stack.append((path, child))
 
     def build() -> dict[str, torch.Tensor]:
-        return {name: t for name, t in module.state_dict().items() if name not in rest}
+        # Not detached: memory given to a parameter anew is to be found through it.
+        whole = module.state_dict(keep_vars=True)
+        return {name: value for name, value in whole.items() if name not in rest}
 
-    return {"parameters": Stable(members, build), "rest": rest}
+    return {"parameters": Stable(members, build, key=len(rest)), "rest": rest}
 
 
 _BASE: Final = torch.nn.Module

@@ -45,12 +45,15 @@ class Part:
     source: Stable
     skeleton: bytes
     tensors: Named
+    whole: bool
+    """Whether all its tensors are listed; content that went into the skeleton may change."""
 
     def is_of(self, stable: Stable) -> bool:
         """Whether nothing has to be listed again. Looks at no tensor: that misses every cache."""
         ours, theirs = self.source.members, stable.members
         return (
-            len(ours) == len(theirs)
+            self.whole
+            and len(ours) == len(theirs)
             and all(map(operator.is_, ours, theirs))
             and self.source.key == stable.key
         )
@@ -63,6 +66,8 @@ class TakenApart:
     skeleton: Any
     tensors: Named
     parts: list[Part] = field(default_factory=list)
+    special: int = 0
+    """Tensors that are not plain, and stayed in the skeleton."""
 
     def pack(self) -> bytes:
         """Everything but the tensors' bytes, for `unpack`."""
@@ -107,7 +112,10 @@ def take_apart(state: object, known: dict[str, Part] | None = None) -> TakenApar
         if kind is list or kind is tuple:
             return kind([visit(v, f"{path}.{i}") for i, v in enumerate(value)])
         if isinstance(value, torch.Tensor):
-            return {MARK: _list(value, path, taken.tensors, seen)} if is_plain(value) else value
+            if is_plain(value):
+                return {MARK: _list(value, path, taken.tensors, seen)}
+            taken.special += 1
+            return value
         if kind is Stable:
             part = known.get(path)
             if part is None or not part.is_of(value):
@@ -131,7 +139,8 @@ def _is_named_tuple(value: object) -> bool:
 
 def _part(stable: Stable, path: str) -> Part:
     inner = take_apart({path: stable.build()})
-    return Part(stable, pickle.dumps(inner.skeleton[path], protocol=2), inner.tensors)
+    skeleton = pickle.dumps(inner.skeleton[path], protocol=2)
+    return Part(stable, skeleton, inner.tensors, whole=not inner.special)
 
 
 def _list(
