@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+_ANY_WIDTH = 10_000
 Scalar = str | int | float | bool | None
 Better = Literal["lower", "higher"]
 
@@ -113,14 +114,11 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Print the rows, then the bars."""
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        if columns:
-            table = Table(title=self.benchmark)
-            for name in columns:
-                numeric = any(isinstance(row.get(name), int | float) for row in self.rows)
-                table.add_column(name, justify="right" if numeric else "left")
-            for row in self.rows:
-                table.add_row(*(_shown(row.get(name)) for name in columns))
+        if self.rows:
+            table = self._table()
+            anything = console.options.update(width=_ANY_WIDTH)
+            if console.measure(table, options=anything).maximum > console.width:
+                table = self._turned_table()
             console.print(table)
         if self.bars:
             table = Table(title="bars")
@@ -131,6 +129,29 @@ class Report:
                 holds = "[green]✓[/]" if bar.holds else "[red]✗[/]"
                 table.add_row(bar.name, _shown(bar.value), f"{sign} {_shown(bar.bar)}", holds)
             console.print(table)
+
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def _table(self) -> Table:
+        """One line a measurement."""
+        table = Table(title=self.benchmark)
+        for name in self._columns():
+            numeric = any(isinstance(row.get(name), int | float) for row in self.rows)
+            table.add_column(name, justify="right" if numeric else "left")
+        for row in self.rows:
+            table.add_row(*(_shown(row.get(name)) for name in self._columns()))
+        return table
+
+    def _turned_table(self) -> Table:
+        """One column a measurement, for a screen on which the other form does not fit."""
+        first, *others = self._columns()
+        table = Table(first, title=self.benchmark)
+        for row in self.rows:
+            table.add_column(_shown(row.get(first)), justify="right")
+        for name in others:
+            table.add_row(name, *(_shown(row.get(name)) for row in self.rows))
+        return table
 
 
 def _shown(value: Scalar) -> str:
