@@ -146,7 +146,8 @@ class Report:
     def _turned_table(self) -> Table:
         """One column a measurement, for a screen on which the other form does not fit."""
         first, *others = self._columns()
-        table = Table(first, title=self.benchmark)
+        table = Table(title=self.benchmark)
+        table.add_column(first, no_wrap=True)
         for row in self.rows:
             table.add_column(_shown(row.get(first)), justify="right")
         for name in others:
