@@ -12,6 +12,11 @@
     ├── HostMemoryError (MemoryError)     the snapshot buffers do not fit
     ├── SmpError (ConnectionError)        the snapshot process cannot be reached or refused
     │   └── ProtocolError                 a message that breaks the protocol
+    ├── PeerError (ConnectionError)       another node fails or breaks the protocol
+    │   ├── PeerLostError                 it cannot be reached, hung up or was reset
+    │   ├── PeerTimeoutError (TimeoutError)  it did not go on in time
+    │   ├── AuthenticationError           it did not prove the run's secret
+    │   └── FrameError                    it sent what is no frame of this protocol
     ├── IntegrityError                    stored bytes are not what was written
     ├── SnapshotError                     a snapshot could not be taken; training goes on
     ├── StorageError (OSError)            the persistent tier failed
@@ -62,6 +67,39 @@ class SmpError(MnemoError, ConnectionError):
 
 class ProtocolError(SmpError):
     """A message between mnemo's processes that breaks the protocol."""
+
+
+class PeerError(MnemoError, ConnectionError):
+    """The connection to another node failed. It alone is closed; another one may be made.
+
+    Args:
+        peer: Who is at the other end, as far as that is known.
+        why: What happened, without the name.
+    """
+
+    def __init__(self, peer: str, why: str) -> None:
+        super().__init__(peer, why)
+        self.peer = peer
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"{self.peer}: {self.why}"
+
+
+class PeerLostError(PeerError):
+    """The other node cannot be reached, hung up, or reset the connection."""
+
+
+class PeerTimeoutError(PeerError, TimeoutError):
+    """The other node did not answer or go on in time."""
+
+
+class AuthenticationError(PeerError):
+    """The other node is not the one expected, or did not prove the run's secret."""
+
+
+class FrameError(PeerError):
+    """The other node sent what is no frame of this protocol, is too long, or fails its MAC."""
 
 
 class IntegrityError(MnemoError):
