@@ -21,6 +21,11 @@
     ├── SnapshotError                     a snapshot could not be taken; training goes on
     ├── StorageError (OSError)            the persistent tier failed
     │   └── WriteCancelledError           a checkpoint was given up, as was asked
+    ├── ErasureError                      what erasure coding was asked for cannot be done
+    │   ├── CodeError (ValueError)        no such code: its id, or k and m out of range
+    │   ├── FragmentError (ValueError)    buffers or indexes do not fit the code
+    │   ├── TooFewFragmentsError          fewer than k fragments are left
+    │   └── EngineError                   the engine asked for is absent or computes wrongly
     ├── LaunchError                       ``mnemo run`` cannot start or go on
     │   └── CrashLoopError                the same batch fails again and again
     └── FaultNotFiredError (AssertionError)  an injected fault never happened
@@ -116,6 +121,26 @@ class StorageError(MnemoError, OSError):
 
 class WriteCancelledError(StorageError):
     """A write was given up because its ``cancel`` event was set; no checkpoint came of it."""
+
+
+class ErasureError(MnemoError):
+    """What erasure coding was asked for cannot be done."""
+
+
+class CodeError(ErasureError, ValueError):
+    """There is no such erasure code: an unknown id, or k and m out of range."""
+
+
+class FragmentError(ErasureError, ValueError):
+    """Buffers or fragment numbers do not fit the code, or each other."""
+
+
+class TooFewFragmentsError(ErasureError):
+    """Fewer than k fragments are left, so what was encoded cannot come back."""
+
+
+class EngineError(ErasureError):
+    """The erasure coding engine asked for is absent, or fails its self-test."""
 
 
 class LaunchError(MnemoError):
