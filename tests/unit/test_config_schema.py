@@ -47,6 +47,8 @@ def test_defaults() -> None:
         "persist.keep": 3,
         "recover.exact_only": True,
         "recover.grace": 30.0,
+        "network.interface": "",
+        "network.ports": "",
     }
 
 

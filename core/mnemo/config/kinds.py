@@ -6,6 +6,7 @@ the environment, on the command line and as an argument.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ _SWITCH: Final = {
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_INTERFACE: Final = re.compile(r"(?!\.{1,2}$)[^\s/:]{1,15}")
 _PASSWORD: Final = re.compile(r"://[^/@]*:[^/]*@")
 
 
@@ -52,6 +54,21 @@ def choice(options: type[Enum]) -> Kind:
 def without_password(text: str) -> str:
     """Hide the user and password of a URL, so that messages can show the rest."""
     return _PASSWORD.sub("://***@", text)
+
+
+def parse_ports(text: str) -> range:
+    """Read a port such as ``5000``, or a range such as ``5000-5100`` with both ends in it.
+
+    Raises:
+        ValueError: The text is neither, or not within 1 to 65535.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5})\s*)?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is neither a port nor a range")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if not 1 <= first <= last <= 65535:
+        raise ValueError(f"{text!r} is not within 1 to 65535, or the wrong way round")
+    return range(first, last + 1)
 
 
 def _above_zero(parse: Callable[[str], float]) -> Callable[[str], float]:
@@ -110,6 +127,26 @@ def _url(text: str) -> str:
     return _path(text) if text.startswith("~") else text
 
 
+def _ports(text: str) -> str:
+    if not text.strip():
+        return ""
+    ports = parse_ports(text)
+    return f"{ports[0]}-{ports[-1]}" if len(ports) > 1 else str(ports[0])
+
+
+def _interface(text: str) -> str:
+    text = text.strip()
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        if text and not _INTERFACE.fullmatch(text):
+            raise
+    else:
+        if address.is_unspecified or "%" in text:
+            raise ValueError(f"{text!r} is nothing that another node can connect to")
+    return text
+
+
 DURATION: Final = Kind(
     "a duration above 0, such as 90s, 10min or 1h30min (a bare number is seconds)",
     _above_zero(parse_duration),
@@ -123,6 +160,10 @@ FRACTION: Final = Kind(
 COUNT: Final = Kind("a whole number, at least 1", _count)
 SWITCH: Final = Kind("true or false", _switch, lambda value: str(value).lower())
 NAME: Final = Kind("up to 64 letters, digits, dots, dashes and underscores", _name)
+INTERFACE: Final = Kind(
+    "the name of a network interface (up to 15 characters) or one of its IP addresses", _interface
+)
+PORTS: Final = Kind("a port or a range of ports within 1 to 65535, such as 5000-5100", _ports)
 PATH: Final = Kind("a path", _path)
 NAMED_PATH: Final = Kind("a path that is not empty", _named_path)
 URL: Final = Kind(

@@ -119,7 +119,14 @@ class MonitorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
-    """Traffic between nodes. Nothing to set in this version."""
+    """Traffic between nodes."""
+
+    interface: Annotated[str, kinds.INTERFACE] = ""
+    """Network interface, by name or address, that other nodes reach this one by. Empty: the one
+    that packets to other networks leave by."""
+    ports: Annotated[str, kinds.PORTS] = ""
+    """Port to listen at, or a range of which the first free one is taken. Empty: the system
+    chooses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
