@@ -10,7 +10,17 @@ import pytest
 
 WITHOUT_TORCH = ["mnemo", "mnemo.clock", "mnemo.errors", "mnemo.types"] + [
     f"mnemo.{name}"
-    for name in ("cli", "config", "faults", "launcher", "recovery", "smp", "storage", "transport")
+    for name in (
+        "cli",
+        "config",
+        "erasure",
+        "faults",
+        "launcher",
+        "recovery",
+        "smp",
+        "storage",
+        "transport",
+    )
 ]
 FRAMEWORKS = {"torch", "lightning", "pytorch_lightning", "accelerate", "transformers"}
 
