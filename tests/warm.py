@@ -77,7 +77,9 @@ class Zygote:
                 stdin=theirs,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-        assert self._requests.recv(64) == b"ready"
+        if self._requests.recv(64) != b"ready":
+            self.close()
+            raise AssertionError("it could not import everything: see its words on stderr")
 
     @contextlib.contextmanager
     def start(
