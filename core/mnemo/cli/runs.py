@@ -140,7 +140,10 @@ def _is_ours(paths: RunPaths) -> bool:
 def _lives(record: SmpRecord) -> bool:
     """Whether the SMP of the record lives, and its number was not given to another process."""
     try:
-        return psutil.Process(record.pid).create_time() <= record.started + 1
+        process = psutil.Process(record.pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False  # ended, and not collected by its parent
+        return process.create_time() <= record.started + 1
     except psutil.NoSuchProcess:
         return False
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,14 +122,23 @@ class SmpClient:
         return msgspec.json.decode(reply.body)  # type: ignore[no-any-return]
 
     def wait_for_end(self, timeout_s: float = 10.0) -> bool:
-        """Wait until the SMP has ended, after it was asked to; False if it takes longer."""
+        """Wait until the SMP has ended, after it was asked to; False if it takes longer.
+
+        One that its parent has not collected has ended too: in containers that may never happen.
+        """
         try:
-            psutil.Process(self.pid).wait(timeout_s)
-        except psutil.TimeoutExpired:
-            return False
-        except psutil.NoSuchProcess:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
             return True
-        return True
+        except OSError:  # a kernel before 5.3, or a sandbox without it
+            gone, _ = psutil.wait_procs(_processes(self.pid), timeout_s)
+            return bool(gone) or not _processes(self.pid)
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            return bool(poll.poll(timeout_s * 1000))
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """Close the connection."""
@@ -137,6 +149,12 @@ class SmpClient:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _processes(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [psutil.Process(pid)]
+    return []
 
 
 def _receive(channel: BlockingChannel, kind: type[R]) -> R:
