@@ -14,7 +14,7 @@ from torch import nn
 
 from mnemo.config import load_config
 from mnemo.session.identity import RunIdentity
-from mnemo.session.keeper import Keeper
+from mnemo.session.keeper import End, Keeper
 from mnemo.session.place import Place
 from mnemo.smp.board import Position
 from mnemo.snapshot.listing import module_state, optimizer_state
@@ -101,7 +101,7 @@ class Protected:
 
     def close(self) -> None:
         """Give everything back."""
-        self.keeper.close(finished=True)
+        self.keeper.close(End.GIVEN_UP)
         self.abandon()
 
     def abandon(self) -> None:

@@ -24,7 +24,7 @@ from lightning_mnemo.signals import StopSignals
 from mnemo import faults
 from mnemo.config import load_config
 from mnemo.errors import NothingToResumeError
-from mnemo.session.keeper import Keeper
+from mnemo.session.keeper import End, Keeper
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.report import say
 from mnemo.session.session import expected_size
@@ -74,7 +74,8 @@ class MnemoCallback(pl.Callback):
         try:
             restored = keeper.find()
         except BaseException as error:
-            self._close(finished=isinstance(error, NothingToResumeError))
+            nothing = isinstance(error, NothingToResumeError)
+            self._close(End.GIVEN_UP if nothing else End.INTERRUPTED)
             raise
         self._resume = Resume(trainer, keeper, restored, seed_samples=self._config.run.seed_samples)
         self._hooks = LoopHooks(trainer)
@@ -151,14 +152,15 @@ class MnemoCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """The training ended by an error, a signal or Ctrl-C; only the last wants nothing kept."""
-        self._close(finished=isinstance(exception, KeyboardInterrupt))
+        wanted = not isinstance(exception, KeyboardInterrupt)
+        self._close(End.INTERRUPTED if wanted else End.GIVEN_UP)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The fit is over."""
         if stage == "fit":
-            self._close(finished=self._done)
+            self._close(End.FINISHED if self._done else End.INTERRUPTED)
 
-    def _close(self, *, finished: bool) -> None:
+    def _close(self, end: End) -> None:
         keeper, self._keeper = self._keeper, None
         if keeper is None:
             return
@@ -166,6 +168,6 @@ class MnemoCallback(pl.Callback):
             if part is not None:
                 part.undo()
         if self._resume is not None:
-            self._resume.outputs.close(finished=finished)
-        keeper.close(finished=finished)
+            self._resume.outputs.close(end)
+        keeper.close(end)
         self._signals = self._hooks = self._boundaries = self._resume = None

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mnemo.session.keeper import Keeper
 
@@ -110,8 +111,8 @@ class Extras:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
         trainer.should_stop = state["should_stop"]
-        trainer.accumulate_grad_batches = state["accumulate"]
         _resume_weight_averaging(trainer, optimizer_states)
+        trainer.accumulate_grad_batches = state["accumulate"]
 
     def undo(self) -> None:
         """Remove what was registered."""
@@ -153,3 +154,13 @@ def _resume_weight_averaging(trainer: pl.Trainer, optimizer_states: list[dict[st
                     optimizer.param_groups, saved["param_groups"], strict=True
                 ):
                     group.update({k: v for k, v in values.items() if k != "params"})
+        elif trainer.current_epoch == callback.swa_end + 1:
+            # An epoch for BatchNorm alone, whose only step is its end: all that is left to do is
+            # to undo what its start did.
+            callback._accumulate_grad_batches = trainer.accumulate_grad_batches
+            callback.momenta = {
+                child: child.momentum
+                for child in trainer.lightning_module.modules()
+                if isinstance(child, _BatchNorm)
+            }
+            trainer.fit_loop.max_batches += 1

@@ -13,6 +13,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from lightning_mnemo.event_files import EventTail, rewind
+from mnemo.session import afterwards
+from mnemo.session.keeper import End
 
 
 class LoggerState(Protocol):
@@ -30,8 +32,8 @@ class LoggerState(Protocol):
         """In the rank that writes; the logger is as it will be during the fit."""
         ...
 
-    def close(self, *, finished: bool) -> None:
-        """The fit is over; ``finished``: nobody will go on with it."""
+    def close(self, end: End) -> None:
+        """The fit is over."""
         ...
 
 
@@ -71,7 +73,7 @@ class _TensorBoard:
     def attach(self) -> None:
         self._tail.attach()
 
-    def close(self, *, finished: bool) -> None:
+    def close(self, end: End) -> None:
         self._tail.close()
 
 
@@ -121,12 +123,15 @@ class _Csv:
 
         writer.save = save_and_count
 
-    def close(self, *, finished: bool) -> None:
+    def close(self, end: End) -> None:
         if self._writer is None:
             return
         vars(self._writer).pop("save", None)
-        if finished:
-            _second_name(Path(self._writer.log_dir)).unlink(missing_ok=True)
+        second_name = _second_name(Path(self._writer.log_dir))
+        if end is End.FINISHED:
+            afterwards.remove_when_over(second_name)
+        elif end is End.GIVEN_UP:
+            second_name.unlink(missing_ok=True)
         self._writer = None
 
 
@@ -167,7 +172,7 @@ class _Wandb:
     def attach(self) -> None:
         """Nothing to follow."""
 
-    def close(self, *, finished: bool) -> None:
+    def close(self, end: End) -> None:
         """Nothing to end."""
 
 

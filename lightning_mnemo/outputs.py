@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from lightning_mnemo.loggers import logger_states
+from mnemo.session.keeper import End
 
 _UNSAVED = (
     "_last_global_step_saved",
@@ -73,11 +74,11 @@ class Outputs:
             shown.total = None if total == float("inf") else total
             shown.set_description(f"Epoch {self._trainer.current_epoch}")
 
-    def close(self, *, finished: bool) -> None:
+    def close(self, end: End) -> None:
         """The fit is over."""
         for logger in self._loggers:
             if logger is not None:
-                logger.close(finished=finished)
+                logger.close(end)
         for callback in self._patched:
             vars(callback).pop("file_exists", None)
         self._patched.clear()

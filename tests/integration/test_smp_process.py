@@ -119,6 +119,52 @@ def test_a_normal_end_leaves_nothing(paths: RunPaths) -> None:
     assert not paths.directory.exists()
 
 
+def test_a_finished_training_is_kept_until_its_program_is_over(paths: RunPaths) -> None:
+    """One buffer a rank; a rank that dies in the last part can be started again."""
+    ranks = [Rank.join(paths, r, 2) for r in range(2)]
+    for rank in ranks:
+        rank.write(1)
+        rank.write(2)
+        rank.client.tell(m.Finish())
+    status = ranks[0].fit()
+    assert status["finished"]
+    assert [(s["rank"], s["tick"]) for s in status["segments"]] == [(0, 2), (1, 2)]
+    with pytest.raises(RunInUseError, match="which is alive"):
+        Rank.join(paths, 0, 2)
+    ranks[0].client.tell(m.Over())
+    for rank in ranks:
+        rank.close()  # the second one died
+    ranks = [Rank.join(paths, r, 2) for r in range(2)]
+    assert ranks[0].newest() == (2, {0: content(0, 2), 1: content(1, 2)})
+    assert not ranks[0].fit()["finished"]
+    for rank in ranks:
+        rank.write(3)
+        rank.client.tell(m.Finish())
+    for rank in ranks:
+        rank.client.tell(m.Over())
+        rank.close()
+    smp_lab.wait_for_exit(ranks[0].client.pid)
+    assert not paths.directory.exists()
+
+
+def test_where_a_launcher_attends_its_word_counts(paths: RunPaths) -> None:
+    with lifecycle.ensure(paths) as launcher:
+        launcher.tell(m.Attend())
+        going_on, rank = Rank.join(paths, fit=0), Rank.join(paths, fit=1)
+        for each in (going_on, rank):
+            each.write(1)
+        going_on.close()
+        rank.client.tell(m.Finish())
+        rank.client.tell(m.Over())
+        rank.close()
+        wait_until("it is gone", lambda: not launcher.status()["fits"][1]["connected"])
+        assert [bool(fit["committed"]) for fit in launcher.status()["fits"]] == [True, True]
+        launcher.tell(m.Over())
+        fits = launcher.status()["fits"]
+        assert [bool(fit["committed"]) for fit in fits] == [True, False]  # one never finished
+        assert fits[1]["memory"] == 0
+
+
 def test_an_end_that_may_be_resumed_keeps_the_generation(paths: RunPaths) -> None:
     rank = Rank.join(paths)
     rank.write(1)

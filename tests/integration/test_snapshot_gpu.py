@@ -9,7 +9,7 @@ import torch
 
 from mnemo.config import load_config
 from mnemo.session.identity import RunIdentity
-from mnemo.session.keeper import Keeper
+from mnemo.session.keeper import End, Keeper
 from mnemo.session.place import Place
 from mnemo.smp.board import Position
 from mnemo.snapshot.listing import MODULE_PARTS, join_module_state, module_state, optimizer_state
@@ -66,4 +66,4 @@ def test_a_step_on_the_device_is_repeated_from_its_snapshot(tmp_path: Path) -> N
     restore_rng(restored.rng)
     assert [step(5, snapshot=False), step(6, snapshot=False)] == expected
     assert all(torch.equal(a, b) for a, b in zip(after, model.parameters(), strict=True))
-    keeper.close(finished=True)
+    keeper.close(End.GIVEN_UP)

@@ -145,6 +145,7 @@ def run(request: dict[str, Any]) -> None:
         case.before(trainer)
         trainer.fit(case.model, case.train, case.val, **case.fit)
         recorder.final(trainer)
+        faults.reach("last_part", step=trainer.global_step)
         case.after(trainer)
 
 

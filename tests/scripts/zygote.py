@@ -55,7 +55,8 @@ def live(request: dict[str, Any], out: int, err: int) -> int:
         code: object = None
     except SystemExit as leaving:
         code = leaving.code
-    except BaseException:  # noqa: BLE001 - as the interpreter's own end
+    except BaseException as error:  # noqa: BLE001 - as the interpreter's own end
+        sys.last_type, sys.last_value = type(error), error
         traceback.print_exc()
         code = 1
     if not isinstance(code, int | None):

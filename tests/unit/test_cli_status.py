@@ -111,7 +111,8 @@ def test_a_run_whose_trainer_is_dead() -> None:
         ({"progress": []}, 0),
         ({"committed": None}, 12),
         ({"committed": None, "persist": None}, 42),
-        ({"finished": True}, 0),
+        ({"finished": True}, 2),
+        ({"finished": True, "committed": None, "persist": None, "progress": []}, 0),
         ({"persist": {"to": "/c", "newest_step": -1, "every_s": 1.0, "failure": ""}}, 2),
     ],
 )
@@ -119,6 +120,21 @@ def test_steps_at_risk(changes: dict[str, Any], at_risk: int) -> None:
     run = described(told(**changes))
     assert run["fits"][0]["steps_at_risk"] == at_risk
     assert shown(run)
+
+
+def test_what_a_finished_training_keeps_is_shown() -> None:
+    """Its program still runs, or has died in its last part."""
+    run = described(told(finished=True))
+    assert run["state"] == "finished"
+    text = "\n".join(shown(run))
+    assert "newest snapshot    step 40" in text
+    assert "if it dies now     2 steps would be repeated" in text
+    assert "until the program has ended well, too; 60 min more if it does not" in text
+    run = described(told(finished=True, connected={}))
+    assert run["state"] == "waiting"
+    text = "\n".join(shown(run))
+    assert "at the next start  2 steps will be repeated" in text
+    assert "30 min more, as nobody is connected" in text
 
 
 def test_what_is_wrong_is_shown() -> None:
@@ -138,7 +154,8 @@ def test_what_is_wrong_is_shown() -> None:
 
 def test_several_fits_are_told_apart() -> None:
     status = told()
-    status["fits"].insert(0, {**status["fits"][0], "fit": 0, "finished": True, "connected": {}})
+    over = {"finished": True, "connected": {}, "committed": None}
+    status["fits"].insert(0, {**status["fits"][0], "fit": 0, **over})
     status["fits"][1]["fit"] = 1
     lines = shown(described(status))
     assert lines[1] == "  fit 0 · finished"

@@ -27,6 +27,8 @@ REQUESTS: tuple[m.Message, ...] = (
     m.Fetch(17, 1),
     m.Resume(-1),
     m.Adopt((0, 1, 2)),
+    m.Finish(),
+    m.Over(),
     m.Leave(finished=True),
     m.Flush(),
     m.Status(),

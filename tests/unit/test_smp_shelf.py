@@ -236,6 +236,22 @@ def test_a_rank_waits_while_its_other_buffer_may_still_become_the_committed_one(
     assert shelf.grant(0, 100)[0] is not None
 
 
+def test_a_closed_shelf_wants_the_newest_generation_alone() -> None:
+    shelf = Shelf(2)
+    for rank in (0, 1):
+        sealed(shelf, rank, 1)
+    newest = [sealed(shelf, rank, 2) for rank in (0, 1)]
+    never = sealed(shelf, 0, 3)  # rank 1 stops before it
+    assert shelf.surplus(0) == []
+    shelf.closed = True
+    read = shelf.rank(1).slots[0]
+    read.pins += 1
+    assert (shelf.surplus(0), shelf.surplus(1)) == ([never], [])
+    read.pins -= 1
+    assert shelf.surplus(1) == [0]
+    assert shelf.members_of(2) == dict(enumerate(newest))
+
+
 def test_what_was_not_granted_is_not_sealed() -> None:
     shelf = Shelf(1)
     index = sealed(shelf, 0, 1)

@@ -60,7 +60,7 @@ def describe(run: Run, now: float) -> dict[str, Any]:
     if told is None:
         return described
     return described | {
-        "state": "training" if run.pids else "waiting",
+        "state": _state(told["fits"]),
         "smp": {"pid": told["pid"], "age_s": now - told["started"]},
         "memory_bytes": sum(fit["memory"] for fit in told["fits"]),
         "keep_alive_s": told["keep_alive_s"],
@@ -68,6 +68,14 @@ def describe(run: Run, now: float) -> dict[str, Any]:
         "counters": told["counts"],
         "fits": [_describe_fit(fit, now) for fit in told["fits"]],
     }
+
+
+def _state(fits: list[dict[str, Any]]) -> str:
+    """In one word, what the processes do that are connected."""
+    connected = [fit for fit in fits if fit["connected"]]
+    if not connected:
+        return "waiting"
+    return "finished" if all(fit["finished"] for fit in connected) else "training"
 
 
 def _describe_fit(fit: dict[str, Any], now: float) -> dict[str, Any]:
@@ -88,7 +96,7 @@ def _describe_fit(fit: dict[str, Any], now: float) -> dict[str, Any]:
         },
         "memory_bytes": fit["memory"],
         "replicas_differ": fit["differ"],
-        "steps_at_risk": 0 if fit["finished"] else max(0, reached - safe),
+        "steps_at_risk": max(0, reached - safe),
         "persist": persist
         and {
             "to": persist["to"],
@@ -117,7 +125,12 @@ def _describe_rank(rank: int, fit: dict[str, Any], now: float) -> dict[str, Any]
     }
 
 
-_STYLES: Final = {"training": "green", "waiting": "yellow", "not answering": "red"}
+_STYLES: Final = {
+    "training": "green",
+    "finished": "green",
+    "waiting": "yellow",
+    "not answering": "red",
+}
 
 
 def show(described: list[dict[str, Any]], console: Console) -> None:
@@ -138,7 +151,7 @@ def _show_run(run: dict[str, Any], console: Console) -> None:
         if len(run["fits"]) > 1:
             finished = " · finished" if fit["finished"] else ""
             console.print(Padding(f"fit {fit['fit']}{finished}", (0, 0, 0, 2)))
-        if not fit["finished"]:
+        if fit["newest"] or not fit["finished"]:
             console.print(_indented(_ranks(fit["ranks"])))
             console.print(_indented(_fit_facts(run, fit)))
     facts = _facts()
@@ -183,10 +196,10 @@ def _fit_facts(run: dict[str, Any], fit: dict[str, Any]) -> Table:
         facts.add_row("replicas", Text(f"differ: {fit['replicas_differ']}", "red"))
     unknown = persist and persist["newest_step"] is None and not newest
     repeated = ("up to " if unknown else "") + words.steps(fit["steps_at_risk"])
-    if run["state"] == "training":
-        facts.add_row("if it dies now", f"{repeated} would be repeated")
-    else:
+    if run["state"] == "waiting":
         facts.add_row("at the next start", f"{repeated} will be repeated")
+    else:
+        facts.add_row("if it dies now", f"{repeated} would be repeated")
     return facts
 
 
@@ -220,4 +233,7 @@ def _counted(counters: dict[str, int]) -> str:
 def _kept(run: dict[str, Any]) -> str:
     if run["state"] == "training":
         return f"{words.span(run['keep_alive_s'])} once nobody is connected"
+    if run["state"] == "finished":
+        span = words.span(run["keep_alive_s"])
+        return f"until the program has ended well, too; {span} more if it does not"
     return f"{words.span(run['kept_for_s'])} more, as nobody is connected; then given back"

@@ -43,6 +43,10 @@ def _nothing() -> None:
     return None
 
 
+def _keeps_nothing(well: bool) -> None:
+    del well
+
+
 def _unknown() -> bool:
     return False
 
@@ -55,13 +59,14 @@ class Hooks:
         ensure_smp: Called before the ranks of each life start.
         position: Where the run was when it failed; None if that is not known.
         training: Whether a training is known to be under way, for which all ranks are needed.
-        ended: Called when the job is over; says what state is kept, or nothing.
+        ended: Called when the job is over, with whether all ranks ended well; says what state is
+            kept, or nothing.
     """
 
     ensure_smp: Callable[[], None] = _nothing
     position: Callable[[], Position | None] = _nothing
     training: Callable[[], bool] = _unknown
-    ended: Callable[[], str | None] = _nothing
+    ended: Callable[[bool], str | None] = _keeps_nothing
 
 
 class _Life:
@@ -142,15 +147,17 @@ class Agent:
             loop.add_signal_handler(number, self._asked_to_end, number)
         loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
         self._announce()
+        well = False
         try:
             code = await self._lives()
+            well = code == EXIT_OK
         except BaseException as error:
             self._journal.write("end", code=self.exit_code, error=str(error))
             raise
         finally:
             for number in (*handled, signal.SIGCHLD):
                 loop.remove_signal_handler(number)
-            if kept := self._hooks.ended():
+            if kept := self._hooks.ended(well):
                 self._terminal.say(kept)
         self.exit_code = code
         self._journal.write("end", code=code)

@@ -31,19 +31,24 @@ def smp_hooks(paths: RunPaths) -> Hooks:
             attending.pop().close()
         attending.append(client)  # held open: the snapshot process waits for ranks meanwhile
 
+    def unfinished() -> list[dict[str, Any]]:
+        return [fit for fit in _fits(paths) if not fit["finished"]]
+
     def position() -> Position | None:
-        # A life that ended before it trained says nothing about the batch that it never came to.
-        progress = [p for fit in _unfinished(paths) for p in fit["progress"]]
+        # A life that ended before it trained says nothing about the batch that it never came to,
+        # and one that ended behind its training nothing about the last.
+        progress = [p for fit in unfinished() for p in fit["progress"]]
         reached = [p for p in progress if p["time"] >= started]
         if not reached:
             return None
         last = max(reached, key=lambda p: p["tick"])
         return Position(last["epoch"], last["batch"], last["step"])
 
-    def ended() -> str | None:
+    def ended(well: bool) -> str | None:
+        fits = _fits(paths, over=well)
+        kept = [fit["committed"]["step"] for fit in fits if fit["committed"]]
         while attending:
             attending.pop().close()
-        kept = [f["committed"]["step"] for f in _unfinished(paths) if f["committed"]]
         if not kept:
             _shut_down(paths)
             return None
@@ -52,7 +57,7 @@ def smp_hooks(paths: RunPaths) -> Hooks:
             f"MNEMO_RUN_ID={paths.run_id} to go on, or give it up with mnemo clean {paths.run_id}"
         )
 
-    return Hooks(ensure, position, lambda: bool(_unfinished(paths)), ended)
+    return Hooks(ensure, position, lambda: bool(unfinished()), ended)
 
 
 def _shut_down(paths: RunPaths) -> None:
@@ -64,13 +69,19 @@ def _shut_down(paths: RunPaths) -> None:
                 client.wait_for_end()
 
 
-def _unfinished(paths: RunPaths) -> list[dict[str, Any]]:
-    """Status of the trainings that have begun and not ended; none if that cannot be told."""
+def _fits(paths: RunPaths, *, over: bool = False) -> list[dict[str, Any]]:
+    """Status of the trainings that have begun; none if that cannot be told.
+
+    ``over``: the program ended well, so those that finished are given back first.
+    """
     try:
         client = lifecycle.find(paths)
         if client is None:
             return []
         with client:
-            return [fit for fit in client.status()["fits"] if not fit["finished"]]
+            if over:
+                client.tell(m.Over())
+            found: list[dict[str, Any]] = client.status()["fits"]
+            return found
     except MnemoError:
         return []

@@ -7,6 +7,7 @@ is done; everything else is decided here. Called by the training thread only.
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ from mnemo import faults
 from mnemo.config import Overrun, ResolvedConfig
 from mnemo.errors import MnemoError, SmpError
 from mnemo.recovery.journal import Journal, journal_path
-from mnemo.session import announce, report
+from mnemo.session import afterwards, announce, report
 from mnemo.session.finder import Finder, Restored, persist_settings
 from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
 from mnemo.session.place import Place
@@ -34,8 +35,20 @@ from mnemo.snapshot.frequency import Cadence
 from mnemo.snapshot.layout import Share
 from mnemo.snapshot.rng import capture_rng
 from mnemo.transport import auth
+from mnemo.transport.local import close_all
 
 log = logging.getLogger("mnemo")
+
+
+class End(enum.Enum):
+    """How a fit ended, which decides what becomes of its state."""
+
+    FINISHED = enum.auto()
+    """Well: the newest snapshot is kept until the program has ended well, too."""
+    INTERRUPTED = enum.auto()
+    """By an error or a signal: kept for the next start."""
+    GIVEN_UP = enum.auto()
+    """Nobody wants to resume it: given back at once."""
 
 
 class Keeper:
@@ -71,6 +84,7 @@ class Keeper:
         self._link = Link(
             self.paths, join, on_loss=lambda words: self.degraded("smp replaced", words)
         )
+        afterwards.give_back()
         faults.identify(rank=place.rank, smp_pid=self._link.smp_pid)
         self._secret = auth.load_or_create_secret(self.paths.secret)
         self._launch = launch_of()
@@ -342,6 +356,16 @@ class Keeper:
         """Wait until the newest snapshot is sealed or given up."""
         return self._engine is None or self._engine.finish(timeout_s)
 
+    def kept_step(self) -> int | None:
+        """Step of the newest snapshot in memory that all ranks of this node have sealed."""
+        try:
+            found, fds = self._link.ask(m.Fetch(), m.Fetched)
+        except MnemoError as error:
+            self.degraded("smp lost", str(error))
+            return None
+        close_all(fds)
+        return None if found.generation is None else found.generation.step
+
     def flush(self, timeout_s: float) -> int | None:
         """Seal and persist the newest snapshot; the step that is on storage, None if none is."""
         self.settle(timeout_s)
@@ -356,8 +380,8 @@ class Keeper:
 
     # --- end ----------------------------------------------------------------------------------
 
-    def close(self, *, finished: bool) -> None:
-        """End this fit. ``finished``: nothing is left to be resumed, its memory is given back."""
+    def close(self, end: End) -> None:
+        """End this fit."""
         if self._engine is not None:
             self._engine.finish(60.0)
             self._engine.close()
@@ -368,10 +392,13 @@ class Keeper:
                 run=self.identity.run_id,
                 fit=self.fit,
                 rank=self.place.rank,
-                finished=finished,
+                finished=end is not End.INTERRUPTED,
                 counters={k: round(v, 6) for k, v in vars(counters).items()},
             )
-        self._link.leave(finished=finished)
+        if end is End.FINISHED:
+            afterwards.keep(self._link)
+        else:
+            self._link.leave(finished=end is End.GIVEN_UP)
 
     def degraded(self, kind: str, words: str) -> None:
         """A degradation: logged and recorded; training goes on."""

@@ -14,7 +14,7 @@ from mnemo.errors import ModelChangedError
 from mnemo.session import report
 from mnemo.session.exactness import first_sum_differs
 from mnemo.session.identity import data_fingerprint, optimizer_fingerprint, script_fingerprint
-from mnemo.session.keeper import Keeper
+from mnemo.session.keeper import End, Keeper
 from mnemo.session.passes import LoaderPosition
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.stop import leave, on_sigterm
@@ -88,10 +88,12 @@ class Session:
         A step is committed when the next batch is asked for, so that a resume goes on with all
         that the loop's body did: a moving average, an evaluation, its random numbers.
 
-        When the last one is through, the session is finished and its memory given back. Leaving
-        the loop early, by ``break`` or an exception, keeps the state for a resume, which does the
-        batch again that the loop was left in. At SIGTERM the step is finished and the process
-        exits with 75, unless the program handles that signal itself.
+        When the last one is through, the training is finished. Its newest snapshot is kept until
+        the program has ended well, too: after a crash in its last save, the next start is at the
+        end of the loop at once. Leaving the loop early, by ``break`` or an exception, keeps the
+        state for a resume, which does the batch again that the loop was left in. At SIGTERM the
+        step is finished and the process exits with 75, unless the program handles that signal
+        itself.
 
         Raises:
             ModelChangedError: The snapshot belongs to another model.
@@ -99,7 +101,7 @@ class Session:
         """
         data = self._data = LoaderPosition(loader, seed_samples=self._config.run.seed_samples)
         self._epoch, self._commits, self._stepped = 0, 0, None
-        finished = False
+        end = End.INTERRUPTED
         try:
             keeper, rng = self._open(loader, data)
             if self._epoch >= epochs and rng is not None:
@@ -115,9 +117,9 @@ class Session:
                         yield batch
                         self._commit()
                     rng = None
-            finished = True
+            end = End.FINISHED
         finally:
-            self._close(finished=finished)
+            self._close(end)
 
     def step(self, loss: torch.Tensor | None = None) -> None:
         """Update the parameters: optimizer, scheduler, then gradients to None.
@@ -175,7 +177,7 @@ class Session:
                 note = data.note or first_sum_differs(self._model, place.world_size)
                 keeper.announce(restored, exact=not note, note=note)
         except BaseException:
-            keeper.close(finished=False)
+            keeper.close(End.INTERRUPTED)
             raise
         self._keeper = keeper
         return keeper, None if restored is None else restored.rng
@@ -235,10 +237,10 @@ class Session:
     def _expected_size(self) -> int:
         return expected_size(self._model, [self._optimizer])
 
-    def _close(self, *, finished: bool) -> None:
+    def _close(self, end: End) -> None:
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
-            keeper.close(finished=finished)
+            keeper.close(end)
 
 
 def expected_size(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:

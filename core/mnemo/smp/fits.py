@@ -61,6 +61,9 @@ class Fit:
         self._clock = clock
         self._buffers = Buffers(f"mnemo:{run_id}:{number}")
         self._finished: set[int] = set()
+        """Ranks whose training ended well."""
+        self._over: set[int] = set()
+        """Ranks that want nothing of it any more."""
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._differ = ""
@@ -71,8 +74,13 @@ class Fit:
 
     @property
     def is_finished(self) -> bool:
-        """Every member left and said that nothing is to be resumed."""
+        """Every member said that its training ended well; the program's last part may go on."""
         return len(self._finished) >= self.shelf.members
+
+    @property
+    def is_over(self) -> bool:
+        """Every member said that nothing is to be resumed."""
+        return len(self._over) >= self.shelf.members
 
     # --- who is here --------------------------------------------------------------------------
 
@@ -99,6 +107,8 @@ class Fit:
         self.shelf.rank(request.rank)
         seat = self.seats[request.rank] = Seat(self, request.rank, pid)
         self._finished.discard(request.rank)
+        self._over.discard(request.rank)
+        self.shelf.closed = False
         if request.persist is not None and self.persister is None:
             self.persister = Persister(request.persist, self._run_id, self.number, self._clock)
         return seat
@@ -126,15 +136,31 @@ class Fit:
         else:
             self._void(rank, index)
 
+    async def finish(self, seat: Seat, request: m.Finish) -> Answer:
+        """See `m.Finish`."""
+        del request
+        if seat.rank not in self._finished:
+            self._finished.add(seat.rank)
+            if self.is_finished:
+                await self.flush()
+                self.shelf.closed = self.is_finished  # a rank may have come back meanwhile
+                self.wake()
+        return m.Done(), []
+
     async def leave(self, seat: Seat, request: m.Leave) -> Answer:
         """See `m.Leave`."""
         if request.finished:
-            self._finished.add(seat.rank)
+            await self.finish(seat, m.Finish())
+            self._over.add(seat.rank)
         self.vacate(seat)
-        if self.is_finished:
-            await self.flush()
+        if self.is_over:
             self.release()
         return m.Done(), []
+
+    def give_up(self) -> None:
+        """Nobody wants anything of it any more."""
+        self._over.update(self.shelf.ranks)
+        self.release()
 
     # --- generations --------------------------------------------------------------------------
 
@@ -373,7 +399,7 @@ class Fit:
             and {"tick": newest.tick, "step": newest.step, "time": self._committed_at},
             "differ": self._differ,
             "memory": self._memory,
-            "progress": [] if self.is_finished else self.board.positions(),
+            "progress": [] if self.is_over else self.board.positions(),
             "persist": self.persister and self.persister.status(),
             "segments": [
                 {

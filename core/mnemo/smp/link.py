@@ -26,6 +26,8 @@ from mnemo.transport.local import MAX_FDS, ConnectionLostError, close_all
 log = logging.getLogger("mnemo")
 R = TypeVar("R", bound=m.Message)
 
+_FAREWELL_S: Final = 10.0
+"""How long the end of a process may wait for the SMP, which has nothing to do for it."""
 _LOOK_AGAIN_S: Final = 30.0
 """After how long an SMP that could not be replaced is looked for again between two snapshots."""
 
@@ -143,9 +145,25 @@ class Link:
     def close(self) -> None:
         """Hang up. What the SMP holds it goes on holding."""
         self._client.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of all memory that is the SMP's; harmless a second time."""
         self.board.close()
         close_all(list(self._segments.values()))
         self._segments.clear()
+
+    def finish(self) -> None:
+        """This fit ended well: its newest generation, now the SMP's alone, waits for `say_over`."""
+        with contextlib.suppress(SmpError):
+            self._client.tell(m.Finish())
+        self._let_go()
+
+    def say_over(self) -> None:
+        """The program ended well, and not just this fit: tell, and hang up."""
+        with contextlib.suppress(SmpError):
+            self._client.tell(m.Over(), timeout_s=_FAREWELL_S)
+        self.close()
 
     def leave(self, *, finished: bool) -> None:
         """End this fit and hang up; ``finished`` gives its memory back once all ranks say so."""

@@ -167,6 +167,21 @@ class Adopt(Message, frozen=True):
     indexes: tuple[Count, ...]
 
 
+class Finish(Message, frozen=True):
+    """The fit ended well here. Its newest generation stays until the program has, too: `Over`.
+
+    The rank keeps its place meanwhile.
+    """
+
+
+class Over(Message, frozen=True):
+    """The program ended well: what finished is not wanted again, and its memory is given back.
+
+    A rank speaks for itself, and counts for nothing where a launcher attends, which knows more: how
+    each process exited. Whoever is no rank speaks for all.
+    """
+
+
 class Leave(Message, frozen=True):
     """The fit ended here; ``finished`` says that nobody will want to resume it."""
 
@@ -219,6 +234,8 @@ Request = (
     | Fetch
     | Resume
     | Adopt
+    | Finish
+    | Over
     | Leave
     | Flush
     | Status

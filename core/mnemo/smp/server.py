@@ -43,6 +43,7 @@ _OF_SEATED: Final[dict[type[m.Message], Callable[[Fit, Seat, Any], Awaitable[Ans
     m.Seal: Fit.seal,
     m.Drop: Fit.drop,
     m.Resume: Fit.resume,
+    m.Finish: Fit.finish,
     m.Leave: Fit.leave,
     m.Flush: Fit.flush_request,
 }
@@ -123,7 +124,7 @@ class Server:
     async def persist_and_stop(self) -> None:
         """On SIGTERM: the newest generation goes to storage, where there is one, before the end."""
         for fit in self._fits.values():
-            if not fit.is_finished:
+            if not fit.is_over:
                 await fit.flush()
         self.stop()
 
@@ -139,10 +140,10 @@ class Server:
 
     def _patience(self) -> float:
         """Seconds to wait for the next rank while none is there, nor who would start one."""
-        unfinished = [fit for fit in self._fits.values() if not fit.is_finished]
-        if any(fit.newest for fit in unfinished):
+        wanted = [fit for fit in self._fits.values() if not fit.is_over]
+        if any(fit.newest for fit in wanted):
             return self._keep_alive_s
-        if self._attended or (self._fits and not unfinished):
+        if self._attended or (self._fits and not wanted):
             return LINGER_S
         return min(_UNCOMMITTED_S, self._keep_alive_s)
 
@@ -247,6 +248,9 @@ class Server:
         if isinstance(request, m.Attend | m.Shutdown | m.Rollback):
             await self._manage(client, request)
             return m.Done(), []
+        if isinstance(request, m.Over):
+            await self._over(client)
+            return m.Done(), []
         if client.seat is None:
             raise ProtocolError(f"{type(request).__name__} before Join")
         if isinstance(request, m.Adopt):
@@ -263,7 +267,7 @@ class Server:
         if client.seat is not None:
             raise ProtocolError(f"this connection is rank {client.seat.rank} already")
         fit = self._fits.get(request.fit)
-        if fit is not None and fit.is_finished:
+        if fit is not None and fit.is_over:
             del self._fits[request.fit]
             await fit.close()
             fit = self._fits.get(request.fit)  # another rank may have been faster
@@ -278,6 +282,15 @@ class Server:
         client.joined = True
         self._keep_alive_s = request.keep_alive_s
         return m.Joined(fit.newest), [fit.board.fd]
+
+    async def _over(self, client: Connection) -> None:
+        """See `m.Over`."""
+        if client.seat is None:
+            for fit in self._fits.values():
+                if fit.is_finished:
+                    fit.give_up()
+        elif not any(other.attends for other in self._clients):
+            await client.seat.fit.leave(client.seat, m.Leave(finished=True))
 
     def _fetch(self, client: Connection, request: m.Fetch) -> Answer:
         if request.fit is None and client.seat is None:

@@ -52,6 +52,8 @@ class Shelf:
     def __init__(self, members: int) -> None:
         self.members = members
         self.ranks: dict[int, RankShelf] = {}
+        self.closed = False
+        """Nothing more is to come: only the newest committed generation is of use."""
 
     def rank(self, rank: int) -> RankShelf:
         """The shelf of ``rank``, made on first use."""
@@ -77,7 +79,9 @@ class Shelf:
         if slot.state is not GenerationState.SEALED:
             return True
         newest = committed[0] if committed else -1
-        return slot.tick < newest or (slot.tick > newest and self._abandoned(slot.tick))
+        if slot.tick > newest:
+            return self.closed or self._abandoned(slot.tick)
+        return slot.tick < newest
 
     def begin(self, rank: int, tick: int) -> None:
         """``rank`` wants to write ``tick``: it is through with all before."""
@@ -107,9 +111,12 @@ class Shelf:
         return None, surplus, kept < self.BUFFERS + pinned
 
     def surplus(self, rank: int) -> list[int]:
-        """Free segments beyond the usual number: a third one is only lent while another is read."""
+        """Free segments beyond the usual number: a third one is only lent while another is read.
+
+        Once the shelf is closed, all free ones.
+        """
         shelf = self.rank(rank)
-        excess = len(shelf.slots) - self.BUFFERS
+        excess = len(shelf.slots) - (0 if self.closed else self.BUFFERS)
         if excess <= 0 or any(slot.pins for slot in shelf.slots.values()):
             return []
         committed = self.committed()
