@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 _SYSTEM_LIBRARY: Final = "libisal.so.2"
 _TABLE_BYTES: Final = 32
 """What ISA-L makes of one coefficient."""
+_FEW: Final = 4
+"""Outputs that ISA-L computes while it reads the sources once; for more it reads them again."""
 _CHUNK: Final = 1 << 20
-"""Bytes of each fragment per call. ISA-L reads the sources once for every few outputs, from the
-cache if chunks are small; and its lengths are C ints."""
+"""Bytes of each fragment per call for more outputs, so that they are read again from the cache."""
+_LONGEST: Final = 1 << 30
+"""Bytes per call else: lengths are C ints. After every call the GIL is waited for, so fewer are
+better: 5 ms each where another thread is busy."""
 
 
 class IsalEngine:
@@ -58,10 +62,11 @@ class IsalEngine:
         )
         arguments = (tables.ctypes.data, read.ctypes.data, write.ctypes.data)
         length = next(iter(sources.values())).size
-        for start in range(0, length, _CHUNK):
-            self._encode(min(_CHUNK, length - start), k, rows, *arguments)
-            read += np.uintp(_CHUNK)
-            write += np.uintp(_CHUNK)
+        chunk = _LONGEST if rows <= _FEW else _CHUNK
+        for start in range(0, length, chunk):
+            self._encode(min(chunk, length - start), k, rows, *arguments)
+            read += np.uintp(chunk)
+            write += np.uintp(chunk)
 
 
 def _library() -> ctypes.CDLL:
