@@ -107,6 +107,15 @@ def test_under_mnemo_run(tmp_path: Path, how: str, ranks: int) -> None:
     assert nothing_is_kept()
 
 
+def test_what_follows_a_child_that_trained_is_covered_by_mnemo_run(tmp_path: Path) -> None:
+    """As with Lightning's ddp_fork: the process that trains ends well, the one that saves dies."""
+    environ = {"CHILD": "fork", "DIE_BEHIND_CHILD": "exit"}
+    done = launch("run.id=last", str(SCRIPT), str(tmp_path), cwd=tmp_path, **environ)
+    assert done.code == 0, done.err
+    assert final(tmp_path)["batches"] == 0
+    assert nothing_is_kept()
+
+
 def test_mnemo_run_that_gives_up_says_what_is_kept(lab: Lab, tmp_path: Path) -> None:
     done = launch(
         "run.id=last", "--max-restarts=0", str(SCRIPT), str(tmp_path), cwd=tmp_path, DIE="exit"

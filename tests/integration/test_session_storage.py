@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import mnemo
+from mnemo.session import afterwards
 
 
 def start(url: object) -> None:
@@ -26,6 +27,7 @@ def start(url: object) -> None:
     for (x,) in session.batches(DataLoader(TensorDataset(torch.ones(2, 2)))):
         model(x).sum().backward()
         session.step()
+    afterwards.give_back()  # what the end of a process, or its next training, does
 
 
 def unusable(tmp_path: Path, kind: str) -> str:

@@ -2,7 +2,8 @@
 
 The environment says how: ``DIE`` is ``exception``, ``kill``, ``exit``, once (``OUT/died`` is there
 then), in rank ``DIE_RANK``; ``FITS`` trainings one after the other; ``CHILD`` is how
-`multiprocessing` makes the process that trains, if another one does. What the last part saw goes to
+`multiprocessing` makes the process that trains, if another one does, and ``DIE_BEHIND_CHILD`` is
+``DIE`` for the one that made it. What the last part saw goes to
 ``OUT/final-RANK.json``, and the memory kept behind each training to ``OUT/memory.json``.
 """
 
@@ -104,5 +105,6 @@ if __name__ == "__main__":
         child = multiprocessing.get_context(os.environ["CHILD"]).Process(target=main, args=(place,))
         child.start()
         child.join()
+        die(os.environ.get("DIE_BEHIND_CHILD", ""), place / "died")
         sys.exit(0 if child.exitcode == 0 else 3)
     main(place)
