@@ -16,9 +16,9 @@ from lightning_mnemo.checks import writes_early
 from lightning_mnemo.extras import Extras
 from lightning_mnemo.metrics import capture_metrics
 from lightning_mnemo.resume import Resume
-from lightning_mnemo.signals import leave
 from mnemo import faults
 from mnemo.session.keeper import Keeper
+from mnemo.session.stop import leave
 from mnemo.smp.board import Position
 
 
@@ -149,7 +149,7 @@ class Boundaries:
             loss=self.loss,
         )
         if keeper.stopping:
-            leave(trainer, keeper)
+            leave(keeper, trainer.global_step)
 
     def _state(self, *, validation_pending: bool) -> dict[str, Any]:
         """Everything that the next batch depends on, by reference."""

@@ -5,14 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
-from mnemo.session.keeper import Keeper
-from mnemo.session.report import say
-from mnemo.types import EXIT_STATE_SAVED
 
 
 class StopSignals:
@@ -47,22 +43,3 @@ def _requeues_at(trainer: pl.Trainer) -> int | None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
     return None
-
-
-def leave(trainer: pl.Trainer, keeper: Keeper) -> NoReturn:
-    """All ranks, the snapshot of this step just begun: seal it, persist it, exit with 75."""
-    grace = keeper.config.recover.grace
-    keeper.settle(grace)
-    trainer.strategy.barrier("mnemo stop")
-    stored = keeper.flush(grace) if keeper.place.local_rank == 0 else None
-    if keeper.place.rank == 0:
-        where = (
-            f"persisted up to step {stored}"
-            if stored is not None
-            else f"kept in memory for {keeper.config.snapshot.keep_alive:.0f} s"
-        )
-        say(
-            f"asked to stop: step {trainer.global_step} is saved ({where}); "
-            f"exit code {EXIT_STATE_SAVED} asks to be started again"
-        )
-    raise SystemExit(EXIT_STATE_SAVED)
