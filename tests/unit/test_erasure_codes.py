@@ -33,6 +33,15 @@ def test_a_code_is_a_value() -> None:
         code.k = 7  # type: ignore[misc]
 
 
+def test_one_parity_is_xor_unless_said_otherwise() -> None:
+    assert Code.of(3, 1) == Code(XOR, 3, 1)
+    assert Code.of(6, 2) == Code(RS, 6, 2)
+    with pytest.raises(CodeError, match="m = 0"):
+        Code.of(3, 0)
+    with pytest.raises(CodeError, match="at most 256"):
+        Code.of(256, 1)
+
+
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (255, 1), (1, 255), (128, 128)])
 def test_the_largest_and_smallest_are_possible(k: int, m: int) -> None:
     assert Code(RS, k, m).n == k + m

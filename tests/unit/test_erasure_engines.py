@@ -48,11 +48,15 @@ def _encoded(code: Code, length: int, generator: np.random.Generator) -> list[Fr
 
 
 class Places:
-    """Room for fragments at odd addresses, in memory whose other bytes are watched."""
+    """Room for fragments at any addresses, in memory whose other bytes are watched."""
 
     def __init__(self, number: int, length: int) -> None:
-        self._memory = np.full((number, length + 257), 0xA5, np.uint8)
-        self._offsets = [random.randint(0, 255) | 1 for _ in range(number)]
+        stride = length + 320 - length % 64
+        memory = np.full(number * stride + 64, 0xA5, np.uint8)
+        start = -memory.ctypes.data % 64
+        self._memory = memory[start : start + number * stride].reshape(number, stride)
+        aligned = random.random() < 0.5
+        self._offsets = [64 if aligned else random.randint(0, 255) for _ in range(number)]
         self._length = length
 
     def __getitem__(self, index: int) -> Fragment:
@@ -436,6 +440,7 @@ FAULTS = {
     "long only": _only(lambda code, have, out: out[0].size > 4096),
     "short only": _only(lambda code, have, out: out[0].size < 16),
     "odd length only": _only(lambda code, have, out: out[0].size % 16 != 0),
+    "aligned only": _only(lambda code, have, out: out[0].ctypes.data % 64 == 0),
     "odd address only": _only(lambda code, have, out: out[0].ctypes.data % 16 != 0),
     "XOR only": _only(lambda code, have, out: code.kind is XOR),
 }

@@ -67,6 +67,15 @@ class Code:
     def __str__(self) -> str:
         return f"{self.kind.name} ({self.k}+{self.m})"
 
+    @classmethod
+    def of(cls, k: int, m: int) -> Code:
+        """Return the fastest code with k data fragments and m parities: XOR for one parity.
+
+        Raises:
+            CodeError: k and m are out of range.
+        """
+        return cls(CodeKind.XOR if m == 1 else CodeKind.REED_SOLOMON, k, m)
+
     @property
     def n(self) -> int:
         """Number of fragments, k + m."""

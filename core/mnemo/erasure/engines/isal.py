@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mnemo.erasure.codes import coefficients
+from mnemo.erasure.codes import CodeKind, coefficients
 from mnemo.errors import EngineError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mnemo.erasure.engines.base import Fragment
 
 _SYSTEM_LIBRARY: Final = "libisal.so.2"
+_FUNCTIONS: Final = ("ec_init_tables", "ec_encode_data", "xor_gen")
 _TABLE_BYTES: Final = 32
 """What ISA-L makes of one coefficient."""
 _FEW: Final = 4
@@ -29,12 +30,14 @@ _FEW: Final = 4
 _CHUNK: Final = 1 << 20
 """Bytes of each fragment per call for more outputs, so that they are read again from the cache."""
 _LONGEST: Final = 1 << 30
-"""Bytes per call else: lengths are C ints. After every call the GIL is waited for, so fewer are
-better: 5 ms each where another thread is busy."""
+"""Bytes per call otherwise: lengths are C ints. After every call the GIL is waited for, so fewer
+are better: 5 ms each where another thread is busy."""
+_ALIGNED: Final = 64
+"""Addresses that ``xor_gen`` takes are multiples of it; it writes past the cache then."""
 
 
 class IsalEngine:
-    """Calls ``ec_encode_data``, which checks nothing and is told nothing unchecked."""
+    """Calls functions that check nothing, and tells them nothing unchecked."""
 
     name = "isal"
 
@@ -47,26 +50,43 @@ class IsalEngine:
         self._encode = library.ec_encode_data
         self._encode.argtypes = [integer, integer, integer, pointer, pointer, pointer]
         self._encode.restype = None
+        self._xor = library.xor_gen
+        self._xor.argtypes = [integer, integer, pointer]
+        self._xor.restype = integer
 
     def compute(
         self, code: Code, sources: Mapping[int, Fragment], outputs: Mapping[int, Fragment]
     ) -> None:
         """See `mnemo.erasure.engines.base.Engine.compute`."""
-        matrix = coefficients(code, tuple(sources), tuple(outputs))
-        rows, k = matrix.shape
-        tables = np.empty(_TABLE_BYTES * matrix.size, np.uint8)
-        self._init_tables(k, rows, matrix.ctypes.data, tables.ctypes.data)
+        length = next(iter(sources.values())).size
         read, write = (
             np.array([part.__array_interface__["data"][0] for part in parts.values()], np.uintp)
             for parts in (sources, outputs)
         )
+        if code.kind is CodeKind.XOR and code.k > 1:
+            both = np.concatenate([read, write])
+            if not (both % _ALIGNED).any():
+                self._add(length, both)
+                return
+        matrix = coefficients(code, tuple(sources), tuple(outputs))
+        rows, k = matrix.shape
+        tables = np.empty(_TABLE_BYTES * matrix.size, np.uint8)
+        self._init_tables(k, rows, matrix.ctypes.data, tables.ctypes.data)
         arguments = (tables.ctypes.data, read.ctypes.data, write.ctypes.data)
-        length = next(iter(sources.values())).size
         chunk = _LONGEST if rows <= _FEW else _CHUNK
         for start in range(0, length, chunk):
             self._encode(min(chunk, length - start), k, rows, *arguments)
             read += np.uintp(chunk)
             write += np.uintp(chunk)
+
+    def _add(self, length: int, addresses: np.ndarray) -> None:
+        """Write the XOR of what is at all addresses but the last to that one."""
+        for start in range(0, length, _LONGEST):
+            part = min(_LONGEST, length - start)
+            if self._xor(addresses.size, part, addresses.ctypes.data) != 0:
+                msg = f"ISA-L refuses the XOR of {addresses.size - 1} fragments of {part} bytes"
+                raise EngineError(msg)
+            addresses += np.uintp(_LONGEST)
 
 
 def _library() -> ctypes.CDLL:
@@ -79,7 +99,8 @@ def _library() -> ctypes.CDLL:
     for path in (*_bundled(), _SYSTEM_LIBRARY):
         try:
             library = ctypes.CDLL(path)
-            _ = library.ec_init_tables, library.ec_encode_data
+            for function in _FUNCTIONS:
+                getattr(library, function)
         except (OSError, AttributeError) as error:
             failures.append(str(error))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _GUARD: Final = 0xA5
 _MARGIN: Final = 64
+"""Bytes around each fragment that must stay; more than any engine's alignment."""
 
 KNOWN: Final = (
     (Code(CodeKind.REED_SOLOMON, 4, 2), b"mnemosyne remembers.", "3630883e9cae123fe8aa"),
@@ -32,7 +34,7 @@ _RANDOM: Final = (
 
 
 def check(engine: Engine) -> None:
-    """Encode and decode known and random fragments, of odd lengths at odd addresses.
+    """Encode and decode known and random fragments, of odd lengths, at even and odd addresses.
 
     Raises:
         EngineError: Anything but the right bytes came out, or others were touched.
@@ -50,14 +52,15 @@ def check(engine: Engine) -> None:
 def _compare(engine: Engine, code: Code, fragments: Matrix) -> None:
     """Let the parities be computed from the data, then the first fragments from the last."""
     numbers = list(range(code.n))
-    for have in (numbers[: code.k], numbers[code.m :]):
+    length = fragments.shape[1]
+    for have, shift in itertools.product((numbers[: code.k], numbers[code.m :]), (0, 1)):
         want = [number for number in numbers if number not in have]
-        length = fragments.shape[1]
-        memory = np.full((code.n, length + 2 * _MARGIN + 1), _GUARD, np.uint8)
-        places = memory[:, _MARGIN + 1 : _MARGIN + 1 + length]
+        memory = _aligned(code.n, length + 2 * _MARGIN)
+        memory.fill(_GUARD)
+        places = memory[:, _MARGIN + shift :][:, :length]
         places[have] = fragments[have]
         right = memory.copy()
-        right[:, _MARGIN + 1 : _MARGIN + 1 + length] = fragments
+        right[:, _MARGIN + shift :][:, :length] = fragments
         engine.compute(
             code, {number: places[number] for number in have},
             {number: places[number] for number in want},
@@ -69,3 +72,11 @@ def _compare(engine: Engine, code: Code, fragments: Matrix) -> None:
                 f"bytes, fragments {wrong} are wrong when computed from {have}; it is not used"
             )
             raise EngineError(msg)
+
+
+def _aligned(rows: int, length: int) -> Matrix:
+    """Return memory whose rows are at least that long and start at multiples of the margin."""
+    length += -length % _MARGIN
+    memory = np.empty(rows * length + _MARGIN, np.uint8)
+    start = -memory.ctypes.data % _MARGIN
+    return memory[start : start + rows * length].reshape(rows, length)
