@@ -55,7 +55,10 @@ class Welcome(msgspec.Struct, tag=True, frozen=True):
 
 
 class Refusal(msgspec.Struct, tag=True, frozen=True):
-    """The listener takes nothing of the sort."""
+    """Either side: what came is not accepted."""
+
+
+REFUSAL: Final = msgspec.msgpack.encode(Refusal())
 
 
 _challenges: Final = msgspec.msgpack.Decoder(Challenge)
@@ -163,7 +166,7 @@ class ListenerSide:
             The last message, the other node's name, and the session with it.
 
         Raises:
-            AuthenticationError: It proves nothing; `refusal` is what to say.
+            AuthenticationError: It proves nothing; `REFUSAL` is what to say.
             FrameError: It is no answer.
         """
         hello = decode(answer, _answers, self._caller)
@@ -181,11 +184,6 @@ class ListenerSide:
             hello.node,
             exchange.session("server", hello.node),
         )
-
-    @staticmethod
-    def refusal() -> bytes:
-        """What one is told whose answer proves nothing."""
-        return msgspec.msgpack.encode(Refusal())
 
 
 class CallerSide:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import socket
 from collections.abc import Iterator
@@ -19,6 +20,25 @@ _PER_CALL: Final = PIECE // 64
 """What a call counts for at least, in bytes moved, until others have their turn."""
 
 
+async def readable(sock: socket.socket) -> None:
+    """Wait until there is something to read, or a connection to accept, and leave it there.
+
+    asyncio's own calls take it in a callback: a task cancelled just then would lose it.
+    """
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(sock, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
+
+
 class Wire:
     """A non-blocking socket. One task reads and one writes at a time.
 
@@ -29,7 +49,7 @@ class Wire:
         """Take over ``sock``.
 
         Args:
-            sock: Connected, or about to be; non-blocking.
+            sock: Connected, or about to be.
             name: Who is at the other end, for messages.
         """
         self.name = name
@@ -38,6 +58,7 @@ class Wire:
         self._failure: tuple[type[PeerError], str] | None = None
         self._users = 0
         self._moved = 0
+        sock.setblocking(False)
         # A message must not wait for the acknowledgement of the one before.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -63,10 +84,17 @@ class Wire:
             PeerTimeoutError: A surrounding `within` is over.
         """
         with self._using():
-            count = await self._loop.sock_recv_into(self._sock, into)
+            await self._let_others_run()
+            while True:
+                try:
+                    count = self._sock.recv_into(into)
+                except BlockingIOError:
+                    await readable(self._sock)
+                else:
+                    break
             if not count:
                 raise EOFError("hung up")
-            await self._let_others_run(count)
+            self._moved += max(count, _PER_CALL)
         return count
 
     async def write(self, data: bytes | memoryview) -> None:
@@ -77,8 +105,9 @@ class Wire:
             PeerTimeoutError: A surrounding `within` is over.
         """
         with self._using():
+            await self._let_others_run()
             await self._loop.sock_sendall(self._sock, data)
-            await self._let_others_run(len(data))
+            self._moved += max(len(data), _PER_CALL)
 
     @contextlib.contextmanager
     def within(self, seconds: float, doing: str, waits_for: int) -> Iterator[None]:
@@ -91,22 +120,25 @@ class Wire:
                 was this process that did not run, and the block gets its time once more.
         """
 
-        def expire(*, again: bool) -> None:
-            nonlocal timer
+        def give_up() -> None:
+            self.fail(PeerTimeoutError, f"timed out: {doing} took longer than {seconds:g} s")
+
+        def expire() -> None:
             if self._failure is not None:
                 return
             ready = select.poll()
             ready.register(self._sock, waits_for)
-            if again and ready.poll(0):
-                timer = self._loop.call_later(seconds, lambda: expire(again=False))
+            if ready.poll(0):
+                timers.append(self._loop.call_later(seconds, give_up))
             else:
-                self.fail(PeerTimeoutError, f"timed out: {doing} took longer than {seconds:g} s")
+                give_up()
 
-        timer = self._loop.call_later(seconds, lambda: expire(again=True))
+        timers = [self._loop.call_later(seconds, expire)]
         try:
             yield
         finally:
-            timer.cancel()
+            for timer in timers:
+                timer.cancel()
 
     def fail(self, kind: type[PeerError], why: str) -> None:
         """End both directions: what waits for them, and whatever comes later, raises ``kind``."""
@@ -131,8 +163,9 @@ class Wire:
         except PeerError:
             raise
         except (OSError, EOFError) as error:
-            text = error.strerror if isinstance(error, OSError) else None
-            self.fail(PeerLostError, (text or str(error)).lower())
+            # By the number: asyncio has a text of its own for a connection refused.
+            number = error.errno if isinstance(error, OSError) else None
+            self.fail(PeerLostError, os.strerror(number).lower() if number else str(error))
             self._raise_failure()
         finally:
             self._users -= 1
@@ -148,9 +181,8 @@ class Wire:
         if self._failure is not None and not self._users:
             self._sock.close()
 
-    async def _let_others_run(self, count: int) -> None:
+    async def _let_others_run(self) -> None:
         """Make room: asyncio does not leave a task whose socket is always ready."""
-        self._moved += max(count, _PER_CALL)
         if self._moved >= PIECE:
             self._moved = 0
             await asyncio.sleep(0)
