@@ -17,6 +17,7 @@ from lightning_client import KILLED, assert_same, kill_at, records
 
 if TYPE_CHECKING:
     from lightning_client import Lab, Life
+    from warm import Zygote
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SCRIPT = SCRIPTS / "last_part.py"
@@ -233,7 +234,7 @@ def test_logs_of_a_version_that_the_user_names(lab: Lab, tmp_path: Path) -> None
     assert not list(killed.rglob(".*mnemo*"))
 
 
-def test_the_run_is_in_use_until_the_program_ends(tmp_path: Path, lab: Lab) -> None:
+def test_the_run_is_in_use_until_the_program_ends(tmp_path: Path, lab: Lab, zygote: Zygote) -> None:
     """Another job of its name is refused, and its memory is not cleaned away."""
     script = tmp_path / "long.py"
     script.write_text(
@@ -245,7 +246,7 @@ def test_the_run_is_in_use_until_the_program_ends(tmp_path: Path, lab: Lab) -> N
         os.fdopen(read) as reading,
         os.fdopen(write, "w") as writing,
         (tmp_path / "err").open("w") as err,
-        lab._zygote.start(script, out=writing, err=err, environ={"MNEMO_RUN_ID": "last"}) as life,
+        zygote.start(script, out=writing, err=err, environ={"MNEMO_RUN_ID": "last"}) as life,
     ):
         assert reading.readline() == "finished\n"
         run = status_of("last")
