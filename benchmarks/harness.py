@@ -222,6 +222,15 @@ class Samples:
         pairs = zip(self.values, reference.values, strict=True)
         return Samples([value / other for value, other in pairs])
 
+    def beyond(self, reference: Samples) -> Samples:
+        """Return the differences to what was measured in the same rounds: drift cancels out.
+
+        Raises:
+            ValueError: The numbers of rounds differ.
+        """
+        pairs = zip(self.values, reference.values, strict=True)
+        return Samples([value - other for value, other in pairs])
+
 
 def seconds(action: Callable[[], object]) -> float:
     """Return the wall time of one call."""

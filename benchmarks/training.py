@@ -99,6 +99,15 @@ class Protected:
         self.keeper.boundary(position, self.training.listed_state, watch=("model",))
         return time.perf_counter() - begun
 
+    def step(self) -> tuple[float, float]:
+        """A snapshot of the step before, beside a whole step; its seconds, and those blocked."""
+        begun = time.perf_counter()
+        stood = self.boundary()
+        self.training.forward_backward()
+        stood += self.keeper.before_update()
+        self.training.update()
+        return time.perf_counter() - begun, stood
+
     def close(self) -> None:
         """Give everything back."""
         self.keeper.close(End.GIVEN_UP)

@@ -130,7 +130,7 @@ class SmpClient:
             fd = os.pidfd_open(self.pid)
         except ProcessLookupError:
             return True
-        except OSError:  # a kernel before 5.3, or a sandbox without it
+        except (AttributeError, OSError):  # a kernel before 5.3, or a sandbox without it
             gone, _ = psutil.wait_procs(_processes(self.pid), timeout_s)
             return bool(gone) or not _processes(self.pid)
         try:
