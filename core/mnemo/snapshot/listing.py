@@ -29,21 +29,21 @@ def module_state(module: torch.nn.Module) -> dict[str, Any]:
     stack = [("", module)]
     while stack:  # torch's own walks make a generator a level, ten times as slow
         prefix, parent = stack.pop()
-        if parent._parameters:
-            members += [p for p in parent._parameters.values() if p is not None]
-        if parent._buffers:
-            for name, buffer in parent._buffers.items():
-                if buffer is not None and name not in parent._non_persistent_buffers_set:
+        own = parent.__dict__  # torch's attribute look-up takes twice as long
+        if own["_parameters"]:
+            members += [p for p in own["_parameters"].values() if p is not None]
+        if own["_buffers"]:
+            for name, buffer in own["_buffers"].items():
+                if buffer is not None and name not in own["_non_persistent_buffers_set"]:
                     rest[prefix + name] = buffer
-        if parent._modules:
-            for name, child in parent._modules.items():
-                if child is None:
-                    continue
-                path = f"{prefix}{name}."
-                if _has_own_ways(child):
-                    rest.update(child.state_dict(prefix=path))
-                else:
-                    stack.append((path, child))
+        for name, child in own["_modules"].items():
+            if child is None:
+                continue
+            path = f"{prefix}{name}."
+            if _has_own_ways(child):
+                rest.update(child.state_dict(prefix=path))
+            else:
+                stack.append((path, child))
 
     def build() -> dict[str, torch.Tensor]:
         # Not detached: memory given to a parameter anew is to be found through it.

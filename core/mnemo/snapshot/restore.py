@@ -37,6 +37,7 @@ _UNREADABLE = (
     msgspec.MsgspecError,
     EOFError,
     AttributeError,
+    LookupError,
     ImportError,
     RuntimeError,
 )

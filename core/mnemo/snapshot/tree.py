@@ -21,6 +21,7 @@ import torch
 
 MARK: Final = "\0mnemo.tensor"
 _PART: Final = "\0mnemo.part"
+_RAW: Final = "\0mnemo.raw"
 _PLAIN_TYPES: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 Named = list[tuple[str, torch.Tensor]]
@@ -66,6 +67,8 @@ class TakenApart:
     skeleton: Any
     tensors: Named
     parts: list[Part] = field(default_factory=list)
+    raws: list[bytes] = field(default_factory=list)
+    """Byte strings, which pickle would encode as text."""
     special: int = 0
     """Tensors that are not plain, and stayed in the skeleton."""
 
@@ -73,7 +76,7 @@ class TakenApart:
         """Everything but the tensors' bytes, for `unpack`."""
         skeletons = [pickle.dumps(self.skeleton, protocol=2), *(p.skeleton for p in self.parts)]
         counts = [len(self.tensors), *(len(p.tensors) for p in self.parts)]
-        return msgspec.msgpack.encode((counts, skeletons))
+        return msgspec.msgpack.encode((counts, skeletons, self.raws))
 
     def all_tensors(self) -> Named:
         """Tensors in the order of the numbers that `unpack` asks for."""
@@ -92,7 +95,9 @@ def is_plain(value: torch.Tensor) -> bool:
     )
 
 
-def take_apart(state: object, known: dict[str, Part] | None = None) -> TakenApart:
+def take_apart(
+    state: object, known: dict[str, Part] | None = None, *, within: bool = False
+) -> TakenApart:
     """Replace every plain tensor in nested dicts, lists and tuples by a marker.
 
     A tensor that occurs twice within a part (tied weights) is listed once.
@@ -100,6 +105,7 @@ def take_apart(state: object, known: dict[str, Part] | None = None) -> TakenApar
     Args:
         state: The nested state.
         known: Stable parts by path, taken apart before; kept up to date.
+        within: This is a stable part itself, of which only skeleton and tensors are kept.
     """
     known = {} if known is None else known
     taken = TakenApart(None, [])
@@ -116,6 +122,9 @@ def take_apart(state: object, known: dict[str, Part] | None = None) -> TakenApar
                 return {MARK: _list(value, path, taken.tensors, seen)}
             taken.special += 1
             return value
+        if kind is bytes and not within:
+            taken.raws.append(value)
+            return {_RAW: len(taken.raws) - 1}
         if kind is Stable:
             part = known.get(path)
             if part is None or not part.is_of(value):
@@ -138,7 +147,7 @@ def _is_named_tuple(value: object) -> bool:
 
 
 def _part(stable: Stable, path: str) -> Part:
-    inner = take_apart({path: stable.build()})
+    inner = take_apart({path: stable.build()}, within=True)
     skeleton = pickle.dumps(inner.skeleton[path], protocol=2)
     return Part(stable, skeleton, inner.tensors, whole=not inner.special)
 
@@ -166,7 +175,8 @@ def unpack(raw: bytes, tensor: Callable[[int], torch.Tensor], *, trusted: bool) 
     Raises:
         pickle.UnpicklingError: A class is needed that only trusted bytes may name.
     """
-    counts, pickles = msgspec.msgpack.decode(raw, type=tuple[list[int], list[bytes]])
+    form = tuple[list[int], list[bytes], list[bytes]]
+    counts, pickles, raws = msgspec.msgpack.decode(raw, type=form)
     skeletons = [_load(p, trusted=trusted) for p in pickles]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     tensor = functools.cache(tensor)  # one for all its names: tied weights stay tied
@@ -177,6 +187,8 @@ def unpack(raw: bytes, tensor: Callable[[int], torch.Tensor], *, trusted: bool) 
                 ((key, content),) = value.items()
                 if key == MARK:
                     return tensor(start + content)
+                if key == _RAW:
+                    return raws[content]
                 if key == _PART:
                     return fill(skeletons[content], starts[content])
             return _like(value, {k: fill(v, start) for k, v in value.items()})
