@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
+import xxhash
 
 from mnemo.transport import address, frames, handshake
 from mnemo.transport.endpoints import Listener, connect
@@ -20,6 +21,7 @@ from mnemo.transport.peer import Peer, Rules
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from mnemo.transport.address import Address
     from mnemo.transport.handshake import Session
 
 SECRET = bytes(range(32))
@@ -107,18 +109,6 @@ class Stranger:
         self.sock = sock
         self._loop = asyncio.get_running_loop()
 
-    @classmethod
-    async def to(cls, where: address.Address) -> Stranger:
-        found = cls(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-        await found._loop.sock_connect(found.sock, tuple(where))
-        return found
-
-    def __enter__(self) -> Stranger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
-
     async def write(self, data: bytes) -> None:
         await self._loop.sock_sendall(self.sock, data)
 
@@ -163,6 +153,37 @@ class Stranger:
         self.sock.close()
 
 
+@contextlib.asynccontextmanager
+async def stranger(where: Address) -> AsyncIterator[Stranger]:
+    """A connection to a listener, on which nothing has been said."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        found = Stranger(sock)
+        await asyncio.get_running_loop().sock_connect(sock, tuple(where))
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def pretender(
+    meet: Callable[[Stranger], Awaitable[None]],
+) -> AsyncIterator[Address]:
+    """Something that listens, and does with who connects what the test says."""
+    loop = asyncio.get_running_loop()
+    with address.listen("127.0.0.1", "") as sock:
+
+        async def accept() -> None:
+            with (await loop.sock_accept(sock))[0] as one:
+                await meet(Stranger(one))
+
+        task = loop.create_task(accept())
+        try:
+            yield address.address_of(sock)
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.result()
+
+
 def frame(
     session: Session,
     message: msgspec.Struct,
@@ -172,8 +193,6 @@ def frame(
     limits: Limits | None = None,
 ) -> bytes:
     """A whole signed frame; ``digest`` overrides the payload's."""
-    import xxhash
-
     data = msgspec.msgpack.encode(message)
     head = frames.encode(Kind.MESSAGE, data, len(payload), limits or Limits())
     whole = head + session.sign(head)
