@@ -26,6 +26,8 @@
     │   ├── FragmentError (ValueError)    buffers or indexes do not fit the code
     │   ├── TooFewFragmentsError          fewer than k fragments are left
     │   └── EngineError                   the engine asked for is absent or computes wrongly
+    ├── ProtectionError                   a generation could not be protected over nodes, or rebuilt
+    │   └── ShardsLostError               more nodes were lost than the parities make up for
     ├── LaunchError                       ``mnemo run`` cannot start or go on
     │   └── CrashLoopError                the same batch fails again and again
     └── FaultNotFiredError (AssertionError)  an injected fault never happened
@@ -141,6 +143,14 @@ class TooFewFragmentsError(ErasureError):
 
 class EngineError(ErasureError):
     """The erasure coding engine asked for is absent, or fails its self-test."""
+
+
+class ProtectionError(MnemoError):
+    """A generation could not be spread over a group of nodes, or not be rebuilt from them."""
+
+
+class ShardsLostError(ProtectionError):
+    """More nodes of a group were lost than its parities make up for."""
 
 
 class LaunchError(MnemoError):
