@@ -7,7 +7,6 @@ are measured in turns with those of the same training while nothing is persisted
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
 import sys
 import tempfile
@@ -103,7 +102,7 @@ def _measure(directory: Path, report: Report, *, rounds: int) -> None:
     while not (arrived := _size(store)) and time.monotonic() < deadline:
         time.sleep(0.05)
     without.close()
-    _end(with_store)
+    with_store.abandon()
     ratio = Samples(persisting).over(Samples(plain))
     low, high = ratio.quartiles
     report.row(
@@ -118,11 +117,3 @@ def _measure(directory: Path, report: Report, *, rounds: int) -> None:
 
 def _size(store: Path) -> int:
     return sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
-
-
-def _end(protected: Protected) -> None:
-    """End a snapshot process without waiting for the slow store."""
-    smp = psutil.Process(protected.keeper.smp_pid)
-    os.kill(smp.pid, 9)
-    smp.wait(30)
-    protected.abandon()

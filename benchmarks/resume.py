@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from benchmarks.harness import Report, Samples
 
@@ -151,15 +150,10 @@ def _cold_load(path: Path, training: object) -> float:
 
 def _clean(directory: Path) -> None:
     """End the snapshot process that the killed trainings left, and remove its directory."""
-    from mnemo.smp import lifecycle
-    from mnemo.smp import messages as m
+    from benchmarks.training import end_snapshot_process
     from mnemo.smp.paths import RunPaths
 
-    client = lifecycle.find(RunPaths.of("resume", directory))
-    if client is not None:
-        client.tell(m.Shutdown())
-        psutil.Process(client.pid).wait(30)
-        client.close()
+    end_snapshot_process(RunPaths.of("resume", directory))
     shutil.rmtree(directory, ignore_errors=True)
 
 

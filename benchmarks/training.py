@@ -16,7 +16,10 @@ from mnemo.config import load_config
 from mnemo.session.identity import RunIdentity
 from mnemo.session.keeper import End, Keeper
 from mnemo.session.place import Place
+from mnemo.smp import lifecycle
+from mnemo.smp import messages as m
 from mnemo.smp.board import Position
+from mnemo.smp.paths import RunPaths
 from mnemo.snapshot.listing import module_state, optimizer_state
 
 
@@ -111,8 +114,19 @@ class Protected:
     def close(self) -> None:
         """Give everything back."""
         self.keeper.close(End.GIVEN_UP)
-        self.abandon()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Remove the directory, of a snapshot process that has ended already."""
+        """Give everything back without waiting for what is being persisted."""
+        self.keeper.close(End.INTERRUPTED)
+        end_snapshot_process(self.keeper.paths)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def end_snapshot_process(paths: RunPaths) -> None:
+    """Have a snapshot process that a training left give its memory back."""
+    client = lifecycle.find(paths)
+    if client is not None:
+        with client:
+            client.tell(m.Shutdown(force=True))
+            client.wait_for_end(30)
