@@ -51,9 +51,8 @@ def test_the_first_steps_learn_at_every_other_one() -> None:
 
 def test_the_first_snapshots_which_allocate_do_not_count() -> None:
     cadence = Cadence(None, 0.01)
-    for _ in range(10):
-        cadence.observe(0.1, beside=False)
     for seconds in (9.0, 5.0, 0.101, 0.101, 0.101, 0.101):
+        cadence.observe(0.1, beside=False)
         cadence.observe(seconds, beside=True)
     assert cadence.added() == pytest.approx(0.001)
 
@@ -94,5 +93,24 @@ def test_noise_does_not_make_a_snapshot_free() -> None:
         cadence.observe(0.102, beside=False)
         cadence.observe(0.1, beside=True)
     assert cadence.added() == 0.0
-    assert cadence.added(copy_s=0.02) == pytest.approx(0.005)
-    assert cadence.interval(copy_s=0.02) == 5
+    assert cadence.added(copy_s=0.08) == pytest.approx(0.005)
+    assert cadence.interval(copy_s=0.08) == 5
+
+
+@pytest.mark.parametrize(("added_s", "copy_s"), [(0.011, 0.085), (0.1, 0.2), (0.03, 0.085)])
+def test_the_budget_is_met_in_noise(added_s: float, copy_s: float, seed: int) -> None:
+    """Steps of 0.6 s that vary by 4 %, which is more than what a snapshot adds."""
+    rng = random.Random(seed)
+    cadence = Cadence(None, 0.01)
+    taken, due, drift = [], 1, 0.0
+    for number in range(600):
+        beside = number == due
+        if beside:
+            taken.append(number)
+            due = number + cadence.interval(copy_s)
+        drift += rng.gauss(0, 0.002)
+        step_s = rng.gauss(0.6 + drift, 0.012)
+        cadence.observe(step_s + added_s * beside, beside=beside)
+    gaps = [b - a for a, b in itertools.pairwise(taken) if a > 100]
+    expected = added_s / (0.01 * 0.6)
+    assert 0.6 * expected < sum(gaps) / len(gaps) < 1.5 * expected
