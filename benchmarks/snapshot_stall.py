@@ -30,7 +30,7 @@ def run(quick: bool, report: Report) -> None:
     memcpy = Memcpy(training.nbytes)
     added_s, step_s = _against_peers(training, memcpy, report, rounds=4 if quick else 16)
     _without_spare_core(blocks, report, rounds=8 if quick else 30)
-    _default_budget(training, added_s, step_s, report, blocks=3 if quick else 6)
+    _default_budget(training, added_s, step_s, report, blocks=3 if quick else 10)
 
 
 def _against_peers(
@@ -188,7 +188,7 @@ def _default_budget(
             training.update()
             protected.boundary()
 
-    for _ in range(3):
+    for _ in range(blocks):
         protected_steps()  # until the frequency has been found
     captured = protected.keeper.counters.captured
     for _ in range(blocks):
