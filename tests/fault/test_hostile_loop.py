@@ -44,7 +44,7 @@ def results(tmp_path: Path) -> tuple[object, object]:
     return with_mnemo, without
 
 
-@pytest.mark.parametrize("kind", ["own generator", "iterable", "stateful"])
+@pytest.mark.parametrize("kind", ["own generator", "iterable", "stateful", "closure", "scaled"])
 def test_a_killed_loop_goes_on_as_if_nothing_had_been(
     live: Live, tmp_path: Path, kind: str
 ) -> None:

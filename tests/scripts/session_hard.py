@@ -71,7 +71,7 @@ class Stateful:
 
 
 def loader_of(kind: str) -> Iterable[torch.Tensor]:
-    if kind == "stateful":
+    if kind in ("stateful", "closure", "scaled"):
         return Stateful()
     if kind == "iterable":
         return DataLoader(Shuffled(), batch_size=4)
@@ -95,12 +95,20 @@ def train(kind: str, *, protected: bool) -> dict[str, Any]:
     random.seed(5)
     model = nn.Sequential(nn.Linear(4, 96), nn.Dropout(0.1), nn.Linear(96, 96), nn.Linear(96, 1))
     average = torch.optim.swa_utils.AveragedModel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    if kind == "closure":
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3, history_size=4)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9)
+    # Grows at every other step, and is too large for float16 at first.
+    scaler = torch.amp.GradScaler(
+        "cpu", init_scale=2.0**127, growth_interval=2, enabled=kind == "scaled"
+    )
     loader = loader_of(kind)
     run = mnemo.Session(
         model=model,
         optimizer=optimizer,
-        objects={"average": average},
+        scheduler=scheduler,
+        objects={"average": average, "scaler": scaler},
         snapshot={"every": int(os.environ.get("EVERY", "1"))},
     )
     unprotected = (batch for _ in range(EPOCHS) for batch in loader)
@@ -113,15 +121,27 @@ def train(kind: str, *, protected: bool) -> dict[str, Any]:
             if os.environ.get("KILL_SMP"):
                 replace_snapshot_process(run)
             os.kill(os.getpid(), int(os.environ["KILL"]))
-        loss = model(x).square().mean()
-        losses[number + 1] = loss.item()
-        loss.backward()
-        run.step()
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = model(x).square().mean()
+            scaler.scale(loss).backward()
+            return loss
+
+        if kind == "closure":
+            losses[number + 1] = closure().item()
+            run.step(closure=closure)
+        else:
+            loss = closure()
+            losses[number + 1] = loss.item()
+            run.step(loss, scaler=scaler if kind == "scaled" else None)
         # What a body does behind the step belongs to the step as well.
         average.update_parameters(model)
         for p in model.parameters():
             p.data.clamp_(-0.2, 0.2)
         torch.rand(3)
+    if kind == "scaled":
+        losses[KILL_BEHIND + 1] += scaler.get_scale()
     weights = [p.double().sum().item() for m in (model, average) for p in m.parameters()]
     return {"losses": {n: x for n, x in losses.items() if n > 7}, "weights": weights}
 

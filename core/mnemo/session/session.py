@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +121,40 @@ class Session:
         finally:
             self._close(end)
 
-    def step(self, loss: torch.Tensor | None = None) -> None:
+    def step(
+        self,
+        loss: torch.Tensor | None = None,
+        *,
+        closure: Callable[[], Any] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         """Update the parameters: optimizer, scheduler, then gradients to None.
 
         Args:
             loss: This step's loss, if it should be watched: no snapshot is taken of a step whose
                 loss is not finite.
+            closure: Computes loss and gradients anew, for optimizers that ask for it (LBFGS). What
+                it returned first is watched where no ``loss`` is given.
+            scaler: Steps the optimizer and updates its scale. Where it finds the gradients too
+                large and skips the update, the scheduler is not stepped and the loss not watched.
+                Name it in ``objects``, so that its scale is kept.
         """
         if self._keeper is not None:
             self._keeper.before_update()
-        self._optimizer.step()
-        if self._scheduler is not None:
+        skipped = False
+        if scaler is None:
+            found = self._optimizer.step(closure) if closure else self._optimizer.step()
+            loss = found if loss is None and isinstance(found, torch.Tensor) else loss
+        else:
+            before = scaler.get_scale()
+            scaler.step(self._optimizer)
+            scaler.update()
+            skipped = scaler.get_scale() < before
+        if self._scheduler is not None and not skipped:
             self._scheduler.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
-        self._stepped = (None if loss is None else loss.detach(),)
+        self._stepped = (None if loss is None or skipped else loss.detach(),)
 
     @property
     def keeper(self) -> Keeper | None:
