@@ -16,10 +16,10 @@ from mnemo.transport import address, frames, handshake
 from mnemo.transport.endpoints import Listener, connect
 from mnemo.transport.frames import Kind, Limits
 from mnemo.transport.handshake import CallerSide, Identity
-from mnemo.transport.peer import Peer, Rules
+from mnemo.transport.peer import Peer, Received, Rules
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from mnemo.transport.address import Address
     from mnemo.transport.handshake import Session
@@ -101,6 +101,35 @@ async def pair(
             await caller.close()
 
 
+def run(main: Coroutine[object, object, None]) -> None:
+    """Run a test's coroutine, at most for a minute."""
+    asyncio.run(asyncio.wait_for(main, 60))
+
+
+async def receive(peer: Peer[Messages]) -> Received[Messages]:
+    """The next message, its payload in memory of its own."""
+    return await asyncio.wait_for(
+        peer.receive(lambda _, size: memoryview(bytearray(size))), PATIENCE_S
+    )
+
+
+async def receive_all(
+    peer: Peer[Messages], into: Callable[[Messages, int], memoryview | None] | None = None
+) -> None:
+    """Receive until that fails."""
+    while True:
+        await asyncio.wait_for(peer.receive(into), PATIENCE_S)
+
+
+async def still_works(a: Peer[Messages], b: Peer[Messages]) -> None:
+    """A message each way."""
+    for one, other in ((a, b), (b, a)):
+        await one.send(Note("still here"), memoryview(b"payload"))
+        received = await receive(other)
+        assert received.message == Note("still here")
+        assert received.payload == b"payload"
+
+
 class Stranger:
     """A connection whose bytes the test chooses."""
 
@@ -145,7 +174,7 @@ class Stranger:
         """Go through the handshake as an honest node would."""
         side = CallerSide(me, "lab", None)
         await self.say(side.answer(await self.hear()))
-        return side.finish(await self.hear())[1]
+        return side.finish(await self.hear())
 
     def reset(self) -> None:
         """End the connection by a reset, as a killed process with unread data does."""
@@ -178,10 +207,7 @@ async def pretender(
         try:
             yield address.address_of(sock)
         finally:
-            task.cancel()
-            await asyncio.wait([task])
-            if not task.cancelled():
-                task.result()
+            await asyncio.wait_for(task, PATIENCE_S)
 
 
 def frame(

@@ -57,9 +57,9 @@ def header(
 def test_a_frame_arrives_however_it_is_cut(
     message: bytes, payload: bytes, data: st.DataObject
 ) -> None:
-    stream = whole(Session(KEY, OTHER, "b"), message, payload) * 2
+    stream = whole(Session(KEY, OTHER, "b", "x"), message, payload) * 2
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
-    parser, session, into = Parser(SMALL, "a"), Session(OTHER, KEY, "a"), bytearray(512)
+    parser, session, into = Parser(SMALL, "a"), Session(OTHER, KEY, "a", "x"), bytearray(512)
     assert parser.between_frames
     events: list[Head | Body] = []
     for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
@@ -79,7 +79,7 @@ def test_a_frame_arrives_however_it_is_cut(
 
 
 def test_a_frame_begun_is_noticed() -> None:
-    stream = whole(Session(KEY, OTHER, "b"), b"message", bytes(HEADER.size))
+    stream = whole(Session(KEY, OTHER, "b", "x"), b"message", bytes(HEADER.size))
     for end in range(1, len(stream)):
         parser = Parser(SMALL, "a")
         feed(parser, stream[:end], bytearray(64))
@@ -88,7 +88,7 @@ def test_a_frame_begun_is_noticed() -> None:
 
 def test_a_payload_goes_into_the_callers_memory_in_pieces_or_nowhere() -> None:
     payload = random.randbytes(2 * PIECE + 7)
-    stream = whole(Session(KEY, OTHER, "b"), b"m", payload)
+    stream = whole(Session(KEY, OTHER, "b", "x"), b"m", payload)
     digest = xxhash.xxh3_64_intdigest(payload)
     into = bytearray(len(payload))
     parser = Parser(Limits(), "a")
@@ -221,9 +221,9 @@ def mutate(chance: random.Random, stream: bytes) -> bytes:
 def test_any_bytes_are_signed_frames_or_an_error(count: int, seed: int) -> None:
     chance = random.Random(seed)
     message, payload = b"\x81\xa4type\xa4Note", b"some payload"
-    good = whole(Session(KEY, OTHER, "b"), message, payload)
+    good = whole(Session(KEY, OTHER, "b", "x"), message, payload)
     into = memoryview(bytearray(SMALL.payload))
-    session = Session(OTHER, KEY, "a")
+    session = Session(OTHER, KEY, "a", "x")
     refused = cut = passed = 0
     began = time.monotonic()
     for _ in range(count):

@@ -29,10 +29,10 @@ B = Identity(node="b", run="r", secret=SECRET)
 def meet(caller: Identity = A, listener: Identity = B) -> tuple[Session, Session]:
     """Run the handshake; the sessions of caller and listener."""
     here, there = CallerSide(caller, "there", None), ListenerSide(listener, "here")
-    welcome, node, theirs = there.welcome(here.answer(there.challenge()))
-    assert node == caller.node
-    found, mine = here.finish(welcome)
-    assert found == listener.node
+    welcome, theirs = there.welcome(here.answer(there.challenge()))
+    mine = here.finish(welcome)
+    assert (theirs.node, mine.node) == (caller.node, listener.node)
+    assert (theirs.name, mine.name) == (f"{caller.node} at here", f"{listener.node} at there")
     return mine, theirs
 
 
@@ -47,7 +47,7 @@ def test_both_sides_have_the_same_keys_and_each_exchange_has_its_own() -> None:
         theirs.check(signed(mine))
         mine.check(signed(theirs))
     other, _ = meet()
-    with pytest.raises(FrameError, match="a: sent a message whose MAC is wrong"):
+    with pytest.raises(FrameError, match="a at here: sent a message whose MAC is wrong"):
         meet()[1].check(signed(other))
 
 
@@ -154,7 +154,7 @@ def test_a_proof_covers_names_and_nonce() -> None:
 
 
 def test_another_node_than_expected() -> None:
-    with pytest.raises(AuthenticationError, match=r"10.0.0.2:5000: b answers there, not c"):
+    with pytest.raises(AuthenticationError, match=r"c at 10.0.0.2:5000: b answers there, not c"):
         CallerSide(A, "10.0.0.2:5000", "c").answer(ListenerSide(B, "x").challenge())
 
 
@@ -227,7 +227,9 @@ def test_a_payload_passes_beside_its_own_message_only() -> None:
     tag = mine.sign_payload(7)
     theirs.check(first)
     theirs.check_payload(Body(7, tag))
-    with pytest.raises(FrameError, match="a: sent a payload that did not arrive as it was sent"):
+    with pytest.raises(
+        FrameError, match="a at here: sent a payload that did not arrive as it was sent"
+    ):
         theirs.check_payload(Body(8, tag))
     theirs.check(signed(mine))
     with pytest.raises(FrameError):

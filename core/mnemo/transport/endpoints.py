@@ -58,12 +58,11 @@ async def connect(
         with wire.within(rules.handshake_s, "connecting", WRITING):
             await wire.connect(address)
         with wire.within(rules.handshake_s, "the handshake", READING):
-            node, session = await _call(wire, CallerSide(me, wire.name, expect))
+            session = await _call(wire, CallerSide(me, str(address), expect))
     except BaseException:
         wire.close()
         raise
-    wire.name = f"{node} at {address}"
-    return Peer(wire, session, node, decoder, rules)
+    return Peer(wire, session, decoder, rules)
 
 
 class Listener(Generic[M]):
@@ -130,15 +129,14 @@ class Listener(Generic[M]):
         """Serve one connection to its end."""
         wire = Wire(sock, str(address))
         try:
-            node, session = await self._admit(wire)
-        except PeerError as error:
+            session = await self._admit(wire)
+        except BaseException as error:
+            wire.close()
+            if not isinstance(error, PeerError):
+                raise
             self._note_refusal(error)
             return
-        except BaseException:
-            wire.close()
-            raise
-        wire.name = f"{node} at {address}"
-        peer = Peer(wire, session, node, self._decoder, self._rules)
+        peer = Peer(wire, session, self._decoder, self._rules)
         try:
             await self._serve(peer)
         except PeerError as error:
@@ -148,7 +146,7 @@ class Listener(Generic[M]):
         finally:
             await peer.close()
 
-    async def _admit(self, wire: Wire) -> tuple[str, Session]:
+    async def _admit(self, wire: Wire) -> Session:
         """Let the other node prove itself."""
         while len(self._half_open) >= HALF_OPEN:
             oldest = next(iter(self._half_open))
@@ -160,7 +158,7 @@ class Listener(Generic[M]):
             with wire.within(self._rules.handshake_s, "the handshake", READING):
                 await _say(wire, side.challenge())
                 try:
-                    welcome, node, session = side.welcome(await _hear(wire))
+                    welcome, session = side.welcome(await _hear(wire))
                 except AuthenticationError:
                     with contextlib.suppress(PeerError):
                         await _say(wire, REFUSAL)
@@ -168,7 +166,7 @@ class Listener(Generic[M]):
                 await _say(wire, welcome)
         finally:
             self._half_open.pop(wire, None)
-        return node, session
+        return session
 
     def _note_refusal(self, error: PeerError) -> None:
         self.refused += 1
@@ -177,7 +175,7 @@ class Listener(Generic[M]):
             self._log_again_at = self._loop.time() + _QUIET_S
 
 
-async def _call(wire: Wire, side: CallerSide) -> tuple[str, Session]:
+async def _call(wire: Wire, side: CallerSide) -> Session:
     """The handshake of the node that connects."""
     try:
         await _say(wire, side.answer(await _hear(wire)))

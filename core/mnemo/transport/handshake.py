@@ -96,17 +96,20 @@ class Session:
     A frame that is changed, left out, repeated, or sent back where it comes from does not pass.
     """
 
-    def __init__(self, send_key: bytes, receive_key: bytes, peer: str) -> None:
+    def __init__(self, send_key: bytes, receive_key: bytes, node: str, address: str) -> None:
         """Begin, with nothing sent.
 
         Args:
             send_key: Key of this side.
             receive_key: Key of the other side.
-            peer: Who that is, for messages.
+            node: The other side's name, proved.
+            address: Where that is.
         """
+        self.node = node
+        self.name = f"{node} at {address}"
+        """Who the other side is, for messages."""
         self._send_key = send_key
         self._receive_key = receive_key
-        self._peer = peer
         self._sent = 0
         self._received = 0
 
@@ -128,7 +131,7 @@ class Session:
         self._received += 1
         tag = _tag(self._receive_key, self._received, b"h", head.signed)
         if not hmac.compare_digest(tag, head.tag):
-            raise FrameError(self._peer, "sent a message whose MAC is wrong")
+            raise FrameError(self.name, "sent a message whose MAC is wrong")
 
     def check_payload(self, body: Body) -> None:
         """Let the payload of the frame checked last pass.
@@ -138,7 +141,7 @@ class Session:
         """
         digest = body.digest.to_bytes(8, "little")
         if not hmac.compare_digest(_tag(self._receive_key, self._received, b"p", digest), body.tag):
-            raise FrameError(self._peer, "sent a payload that did not arrive as it was sent")
+            raise FrameError(self.name, "sent a payload that did not arrive as it was sent")
 
 
 class ListenerSide:
@@ -149,7 +152,7 @@ class ListenerSide:
 
         Args:
             me: This node.
-            caller: Who connects, for messages: its address.
+            caller: Address of the one who connects.
         """
         self._me = me
         self._caller = caller
@@ -159,11 +162,11 @@ class ListenerSide:
         """The first message."""
         return msgspec.msgpack.encode(Challenge(self._me.node, self._nonce))
 
-    def welcome(self, answer: bytes) -> tuple[bytes, str, Session]:
+    def welcome(self, answer: bytes) -> tuple[bytes, Session]:
         """Judge the answer to the challenge.
 
         Returns:
-            The last message, the other node's name, and the session with it.
+            The last message, and the session with the other node.
 
         Raises:
             AuthenticationError: It proves nothing; `REFUSAL` is what to say.
@@ -179,11 +182,9 @@ class ListenerSide:
             raise AuthenticationError(
                 self._caller, f"not authenticated: {_unproved(hello.node, self._me.run)}"
             )
-        return (
-            msgspec.msgpack.encode(Welcome(exchange.proof("server"))),
-            hello.node,
-            exchange.session("server", hello.node),
-        )
+        client, server = exchange.keys()
+        welcome = msgspec.msgpack.encode(Welcome(exchange.proof("server")))
+        return welcome, Session(server, client, hello.node, self._caller)
 
 
 class CallerSide:
@@ -194,11 +195,12 @@ class CallerSide:
 
         Args:
             me: This node.
-            listener: Who listens, for messages: its address.
+            listener: Address of the one that listens.
             expect: The name it should have; None if any will do.
         """
         self._me = me
-        self._listener = listener
+        self._address = listener
+        self._listener = f"{expect} at {listener}" if expect else listener
         self._expect = expect
         self._exchange: _Exchange | None = None
 
@@ -222,11 +224,11 @@ class CallerSide:
         self._exchange = _Exchange(self._me, theirs.nonce, nonce, theirs.node, self._me.node)
         return msgspec.msgpack.encode(Hello(self._me.node, nonce, self._exchange.proof("client")))
 
-    def finish(self, reply: bytes) -> tuple[str, Session]:
+    def finish(self, reply: bytes) -> Session:
         """Judge the listener's last message.
 
         Returns:
-            The other node's name, and the session with it.
+            The session with the other node.
 
         Raises:
             AuthenticationError: It proves nothing, or refuses this node.
@@ -245,7 +247,8 @@ class CallerSide:
             raise AuthenticationError(
                 self._listener, f"not authenticated: {_unproved(exchange.listener, self._me.run)}"
             )
-        return exchange.listener, exchange.session("client", exchange.listener)
+        client, server = exchange.keys()
+        return Session(client, server, exchange.listener, self._address)
 
 
 @dataclass(frozen=True)
@@ -272,9 +275,8 @@ class _Exchange:
     def proof(self, role: _Role) -> bytes:
         return self._mac(f"proof|{role}")
 
-    def session(self, role: _Role, peer: str) -> Session:
-        client, server = self._mac("key|client"), self._mac("key|server")
-        return Session(client, server, peer) if role == "client" else Session(server, client, peer)
+    def keys(self) -> tuple[bytes, bytes]:
+        return self._mac("key|client"), self._mac("key|server")
 
 
 def _unproved(node: str, run: str) -> str:

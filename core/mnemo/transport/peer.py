@@ -64,13 +64,13 @@ class Peer(Generic[M]):
         self,
         wire: Wire,
         session: Session,
-        node: str,
         decoder: msgspec.msgpack.Decoder[M],
         rules: Rules,
     ) -> None:
         """Take over a connection whose handshake is done: `mnemo.transport.endpoints`."""
-        self.node = node
+        self.node = session.node
         """Its name, proved."""
+        wire.name = session.name
         self._wire = wire
         self._session = session
         self._decoder = decoder
@@ -104,8 +104,11 @@ class Peer(Generic[M]):
         Raises:
             PeerLostError: The other side hung up or is gone.
             PeerTimeoutError: It took nothing for `Rules.stall_s`, or was silent for too long.
-            ValueError: Message or payload are longer than `Rules.limits`, or not contiguous.
+            ValueError: Message or payload are longer than `Rules.limits`, the payload is empty or
+                not contiguous.
         """
+        if payload is not None and not payload.nbytes:
+            raise ValueError("an empty payload: send none")
         content = None if payload is None else payload.cast("B")
         size = 0 if content is None else len(content)
         data = msgspec.msgpack.encode(message)
@@ -213,6 +216,7 @@ class Peer(Generic[M]):
 
     async def _next(self) -> Head | Body:
         """Read until something is complete."""
+        self._wire.raise_failure()
         event: Head | Body | None = None
         while event is None:
             if self._parser.between_frames:

@@ -153,28 +153,29 @@ class Wire:
         """Hang up; harmless a second time."""
         self.fail(PeerLostError, "the connection was closed at this end")
 
+    def raise_failure(self) -> None:
+        """Raise what it failed of, if it has."""
+        if self._failure is not None:
+            kind, why = self._failure
+            raise kind(self.name, why)
+
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
         self._users += 1
         try:
-            self._raise_failure()
+            self.raise_failure()
             yield
-            self._raise_failure()  # it may have failed while others ran
+            self.raise_failure()  # it may have failed while others ran
         except PeerError:
             raise
         except (OSError, EOFError) as error:
             # By the number: asyncio has a text of its own for a connection refused.
             number = error.errno if isinstance(error, OSError) else None
             self.fail(PeerLostError, os.strerror(number).lower() if number else str(error))
-            self._raise_failure()
+            self.raise_failure()
         finally:
             self._users -= 1
             self._release()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            kind, why = self._failure
-            raise kind(self.name, why)
 
     def _release(self) -> None:
         """Close the socket once it has failed and nobody waits for it."""
