@@ -90,6 +90,7 @@ PUBLIC: dict[str, set[str]] = {
         "reach",
     },
     "mnemo.launcher": {"Agent", "Hooks", "LaunchOptions", "Position"},
+    "mnemo.protect": {"Holdings", "Neighbours", "Piece", "Protector", "Shard", "Standing"},
     "mnemo.session": {"Keeper", "Place", "Restored", "Session"},
     "mnemo.storage": {
         "Checkpoint",

@@ -1,0 +1,145 @@
+"""Connections of one node with the others of its run, and the thread that computes.
+
+One listener serves all fits: the first message on a connection says whose it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, ParamSpec, TypeVar
+
+from mnemo.errors import PeerLostError
+from mnemo.protect.messages import DECODER, Chunk, Message, Opening, Refused
+from mnemo.transport.address import Address
+from mnemo.transport.endpoints import Listener, connect
+from mnemo.transport.handshake import Identity
+from mnemo.transport.peer import Peer, Rules
+from mnemo.transport.rate import RateLimit
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Serve = Callable[[Peer[Message], Opening], Awaitable[None]]
+
+_NICE: Final = 19
+
+
+class Neighbours:
+    """How this node reaches the others, and they it."""
+
+    def __init__(
+        self,
+        me: Identity,
+        sock: socket.socket,
+        addresses: Mapping[str, Address],
+        *,
+        bytes_per_s: float = float("inf"),
+        rules: Rules | None = None,
+    ) -> None:
+        """Begin to listen; to be called within a running loop, and ended by `close`.
+
+        Args:
+            me: This node.
+            sock: From `mnemo.transport.address.listen`; closed by `close`.
+            addresses: Where the others listen, as far as that is known; `moved` changes it.
+            bytes_per_s: Most that this node sends of fragments.
+            rules: Waits and limits.
+        """
+        self.rules = rules or Rules()
+        self.rate = RateLimit(bytes_per_s)
+        self.sent = 0
+        """Bytes of fragments that left this node."""
+        self._me = me
+        self._addresses = dict(addresses)
+        self._serves: dict[int, Serve] = {}
+        self._listener = Listener(me, sock, DECODER, self._serve, rules)
+        self._worker = ThreadPoolExecutor(1, "mnemo-protect", initializer=_be_nice)
+
+    @property
+    def name(self) -> str:
+        """This node."""
+        return self._me.node
+
+    @property
+    def address(self) -> Address:
+        """Where this node listens."""
+        return self._listener.address
+
+    def moved(self, node: str, address: Address) -> None:
+        """``node`` listens at ``address`` from now on."""
+        if node != self.name:
+            self._addresses[node] = address
+
+    def attend(self, fit: int, serve: Serve | None) -> None:
+        """Have ``serve`` take the connections that concern ``fit``; None: nobody does any more."""
+        if serve is None:
+            self._serves.pop(fit, None)
+        else:
+            self._serves[fit] = serve
+
+    @contextlib.asynccontextmanager
+    async def call(self, node: str, opening: Opening) -> AsyncIterator[Peer[Message]]:
+        """A connection to ``node`` for what ``opening`` says.
+
+        Raises:
+            PeerError: It cannot be reached, is not the one, or the connection failed.
+        """
+        address = self._addresses.get(node)
+        if address is None:
+            raise PeerLostError(node, "its address is not known")
+        peer = await connect(self._me, address, DECODER, expect=node, rules=self.rules)
+        try:
+            await peer.send(opening)
+            yield peer
+        finally:
+            await peer.close()
+
+    async def send_chunk(self, peer: Peer[Message], number: int, data: memoryview) -> int:
+        """Send a chunk when the rate allows it; return its digest."""
+        digest = await peer.send(Chunk(number), data, rate=self.rate)
+        self.sent += len(data)
+        return digest or 0
+
+    async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``function`` in the thread that computes, which yields to everything else."""
+        return await asyncio.wrap_future(self._worker.submit(function, *args, **kwargs))
+
+    async def _serve(self, peer: Peer[Message]) -> None:
+        message = (await peer.receive()).message
+        if not isinstance(message, Opening):
+            await peer.send(Refused(f"{type(message).__name__} begins nothing"))
+        elif (serve := self._serves.get(message.fit)) is None:
+            await peer.send(Refused(f"fit {message.fit} is not protected on {self.name}"))
+        else:
+            await serve(peer, message)
+
+    async def close(self) -> None:
+        """Hang up on everybody."""
+        await self._listener.close()
+        self._worker.shutdown()
+
+
+async def together(*parts: Coroutine[Any, Any, Any]) -> None:
+    """Run ``parts`` at the same time; the first that fails ends the others, and is raised."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await cancel(*tasks)
+
+
+async def cancel(*tasks: asyncio.Future[Any]) -> None:
+    """End ``tasks`` and wait until they have; what they raise is dropped."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _be_nice() -> None:
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -1,0 +1,253 @@
+"""One node's part in protecting one fit's generations, for as long as the SMP keeps that fit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any, Final
+
+from mnemo.erasure.codec import codec
+from mnemo.erasure.stripes import Group
+from mnemo.errors import MnemoError, PeerError, ProtectionError
+from mnemo.protect.gather import Gathering, send_own
+from mnemo.protect.keeping import Holdings, Keeping, Standing
+from mnemo.protect.leader import Leader
+from mnemo.protect.member import Member
+from mnemo.protect.messages import (
+    Ask,
+    Describe,
+    Described,
+    FromLeader,
+    FromMember,
+    Join,
+    Kept,
+    Message,
+    Offer,
+    Opening,
+    Read,
+    Rebuild,
+    Refused,
+)
+from mnemo.protect.neighbours import Neighbours, cancel, together
+from mnemo.protect.plan import CHUNK
+from mnemo.protect.rebuild import Progress, Rebuilding, find_survivors
+from mnemo.protect.shard import Fragments
+from mnemo.transport.peer import Peer
+
+log = logging.getLogger("mnemo.protect")
+
+_ROUNDS: Final = 3
+"""How often a rebuild is begun when what it reads is given up meanwhile."""
+
+
+class Protector:
+    """Takes part in its group, and leads it if it is the first. Runs on the SMP's loop.
+
+    Once it has started, nothing here raises into the SMP: what fails is logged, told by `status`,
+    and tried again.
+    """
+
+    def __init__(
+        self,
+        fit: int,
+        group: Group,
+        neighbours: Neighbours,
+        holdings: Holdings,
+        *,
+        chunk: int = CHUNK,
+    ) -> None:
+        """Answer others from now on; `rebuild` if anything was lost, then `start`.
+
+        Args:
+            fit: Which one.
+            group: This node and those that it shares parities with.
+            neighbours: How they are reached.
+            holdings: The fit's segments.
+            chunk: Bytes of fragments that are handled at once; what the leader says counts.
+
+        Raises:
+            ProtectionError: This node is not in the group.
+        """
+        if neighbours.name not in group.nodes:
+            raise ProtectionError(f"{neighbours.name} is not in {', '.join(group.nodes)}")
+        self.progress = Progress()
+        """Of a rebuild."""
+        self._fit = fit
+        self._group = group
+        self._neighbours = neighbours
+        self._chunk = chunk
+        self._codec = codec(group.code)
+        self._keeping = Keeping(holdings, neighbours.name)
+        self._member = Member(fit, group, neighbours, self._keeping, self._codec)
+        self._leader: Leader | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        neighbours.attend(fit, self._serve)
+
+    def start(self) -> None:
+        """Begin to protect what is committed."""
+        loop = asyncio.get_running_loop()
+        if self._neighbours.name != self._group.nodes[0]:
+            self._tasks.append(loop.create_task(self._member.follow()))
+            return
+        patience_s = self._neighbours.rules.stall_s
+        leader = Leader(self._group, self._chunk, patience_s, self._keeping.standing)
+        self._leader = leader
+        self._tasks.append(loop.create_task(leader.run()))
+        self._tasks.append(loop.create_task(self._member.follow_here(leader)))
+
+    def changed(self) -> None:
+        """The holdings have changed."""
+        self._member.tell_holdings()
+
+    async def forget_after(self, tick: int) -> None:
+        """Training goes on from ``tick``: later generations are not what they were."""
+        await self._member.forget_after(tick)
+
+    @property
+    def standing(self) -> Standing:
+        """What is protected."""
+        return self._keeping.standing
+
+    async def protected(self, tick: int) -> None:
+        """Wait until ``tick``, or a newer one, is protected."""
+        await self._keeping.protected(tick)
+
+    def status(self) -> dict[str, Any]:
+        """For ``mnemo status``; sizes in bytes."""
+        return {
+            "group": list(self._group.nodes),
+            "parities": self._group.parities,
+            "tick": self.standing.tick,
+            "step": self.standing.step,
+            "failure": self._member.failure,
+            "memory": self._keeping.parities.memory,
+            "rebuilt": self.progress.done,
+            "to_rebuild": self.progress.total,
+        }
+
+    async def close(self) -> None:
+        """Take part no more, and give the parities' memory back."""
+        self._neighbours.attend(self._fit, None)
+        await cancel(*self._tasks)
+        await self._member.abandon()
+        self._keeping.close()
+
+    # --- for others ---------------------------------------------------------------------------
+
+    async def _serve(self, peer: Peer[Message], opening: Opening) -> None:
+        """Answer one connection."""
+        try:
+            if peer.node not in self._group.nodes:
+                raise ProtectionError(f"{peer.node} is not in the group")
+            if isinstance(opening, Offer | Read | Rebuild):
+                self._check_place(opening)
+            if isinstance(opening, Offer):
+                await self._member.take_offer(peer, opening)
+                return
+            await self._answer(peer, opening)
+        except PeerError:
+            raise
+        except MnemoError as error:
+            log.info("%s is refused a %s: %s", peer.node, type(opening).__name__, error)
+            await peer.send(Refused(str(error)[:1000]))
+        # Whoever reads gets all of it before this end hangs up.
+        with contextlib.suppress(PeerError):
+            await peer.receive()
+
+    async def _answer(self, peer: Peer[Message], opening: Opening) -> None:
+        if isinstance(opening, Join):
+            await self._lead(peer)
+        elif isinstance(opening, Ask):
+            await peer.send(Kept(self._keeping.seals))
+        elif isinstance(opening, Describe):
+            kept = self._keeping.find(opening.epoch)
+            digests = memoryview(kept.all_digests())
+            await peer.send(Described(kept.plan.generation), digests)
+        elif isinstance(opening, Read):
+            await send_own(self._keeping.find(opening.epoch), opening, self._neighbours, peer)
+        elif isinstance(opening, Rebuild):
+            kept = self._keeping.find(opening.epoch)
+            await Gathering(kept, opening, self._neighbours, self._codec).run(peer)
+
+    def _check_place(self, opening: Offer | Read | Rebuild) -> None:
+        nodes = len(self._group.nodes)
+        index = 0 if isinstance(opening, Read) else opening.index
+        if not (0 <= opening.stripe < nodes and 0 <= index < nodes):
+            raise ProtectionError(
+                f"fragment {index} of stripe {opening.stripe}: there are {nodes} of either here"
+            )
+
+    async def _lead(self, peer: Peer[Message]) -> None:
+        if self._leader is None:
+            raise ProtectionError(f"{self._neighbours.name} does not lead its group, or not yet")
+        leader = self._leader
+        words: asyncio.Queue[FromLeader] = asyncio.Queue()
+        follower = leader.join(peer.node, words.put_nowait)
+
+        async def say() -> None:
+            while True:
+                await peer.send(await words.get())
+
+        async def listen() -> None:
+            while True:
+                message = (await peer.receive()).message
+                if not isinstance(message, FromMember):
+                    raise ProtectionError(f"{type(message).__name__} is no word of a member")
+                leader.hear(follower, message)
+
+        try:
+            await together(say(), listen())
+        finally:
+            leader.part(follower)
+
+    # --- coming back --------------------------------------------------------------------------
+
+    async def rebuild(self) -> Standing | None:
+        """Bring back what this node kept of the last protected generation; see `progress`.
+
+        To be called before `start`, with nothing held of it here.
+
+        Returns:
+            What it is; None if the group kept nothing.
+
+        Raises:
+            ShardsLostError: More nodes were lost than the parities make up for.
+            ProtectionError: What the others say of it cannot be.
+            HostMemoryError: It does not fit here.
+            IntegrityError: What came back are no sealed segments.
+        """
+        for left in reversed(range(_ROUNDS)):
+            try:
+                return await self._rebuild()
+            except ProtectionError as error:
+                if not left:
+                    raise
+                log.warning("the rebuild begins anew: %s", error)
+        raise AssertionError
+
+    async def _rebuild(self) -> Standing | None:
+        survivors = await find_survivors(self._fit, self._group, self._neighbours)
+        if survivors is None:
+            return None
+        plan, keeping = survivors.plan, self._keeping
+        position = self._group.nodes.index(self._neighbours.name)
+        generation = plan.generation
+        parity = await keeping.parities.take(plan.parity_size(position))
+        try:
+            shard = await asyncio.to_thread(keeping.holdings.make, generation.shards[position])
+            try:
+                fragments = Fragments(plan, position, shard, parity)
+                await Rebuilding(
+                    self._fit, survivors, fragments, self._neighbours, self.progress
+                ).run()
+                keeping.holdings.adopt(generation.tick, generation.step, shard)
+            except BaseException:
+                shard.close()
+                raise
+        except BaseException:
+            keeping.parities.give_back(parity)
+            raise
+        keeping.add(fragments)
+        keeping.protect(generation.epoch)
+        return keeping.standing

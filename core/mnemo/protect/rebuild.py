@@ -1,0 +1,229 @@
+"""A replacement's part of a rebuild: it asks who is left, what they keep, and for what it lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final
+
+from mnemo.erasure.stripes import Group
+from mnemo.errors import (
+    FragmentError,
+    PeerError,
+    ProtectionError,
+    ShardsLostError,
+)
+from mnemo.protect.messages import (
+    Ask,
+    Describe,
+    Described,
+    Kept,
+    Message,
+    Rebuild,
+)
+from mnemo.protect.neighbours import Neighbours, together
+from mnemo.protect.plan import Plan
+from mnemo.protect.shard import Fragments, Table, seal_of
+from mnemo.protect.streams import receive, receive_chunk
+from mnemo.transport.peer import Peer
+
+log = logging.getLogger("mnemo.protect")
+
+_DAMAGED: Final = (PeerError, ProtectionError, FragmentError)
+
+
+@dataclass
+class Progress:
+    """How far a rebuild is, in bytes; counts up while it runs."""
+
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """Who is left, and the newest generation that they keep.
+
+    Attributes:
+        plan: Its layout.
+        digests: Of all its fragments, as of `Fragments.all_digests`.
+        nodes: Who keeps it.
+        lost: All others.
+    """
+
+    plan: Plan
+    digests: memoryview
+    nodes: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+async def find_survivors(fit: int, group: Group, neighbours: Neighbours) -> Survivors | None:
+    """Ask all of ``group`` what they keep.
+
+    Returns:
+        The newest generation that the most have in common; None where nobody keeps any, all
+        having answered.
+
+    Raises:
+        ShardsLostError: Too few keep the same generation.
+        ProtectionError: What they say of it cannot be.
+    """
+    me = neighbours.name
+    others = [node for node in group.nodes if node != me]
+    answers = dict(
+        zip(others, await asyncio.gather(*(_ask(fit, n, neighbours) for n in others)), strict=True)
+    )
+    counts = Counter(
+        (epoch, seal) for seals in answers.values() for epoch, seal in (seals or {}).items()
+    )
+    if not counts and all(seals is not None for seals in answers.values()):
+        return None
+    found = max(counts, key=lambda key: (counts[key], key[0]), default=(-1, b""))
+    nodes = tuple(
+        node for node, seals in answers.items() if (seals or {}).get(found[0]) == found[1]
+    )
+    lost = tuple(node for node in group.nodes if node not in nodes)
+    if len(nodes) < group.code.k:
+        raise ShardsLostError(
+            f"{len(lost)} of {len(group.nodes)} nodes lost what they kept of the last protected "
+            f"generation: {', '.join(lost)}; the parities make up for {group.parities}. Resume "
+            "from a checkpoint on storage"
+        )
+    plan, digests = await _describe(fit, nodes, *found, neighbours)
+    if plan.group != group:
+        raise ProtectionError(
+            f"epoch {found[0]} is of the group {', '.join(plan.group.nodes)} with "
+            f"{plan.group.parities} parities, not of this node's"
+        )
+    return Survivors(plan, digests, nodes, lost)
+
+
+async def _ask(fit: int, node: str, neighbours: Neighbours) -> dict[int, bytes] | None:
+    """What ``node`` keeps; None if it does not answer."""
+    try:
+        async with neighbours.call(node, Ask(fit)) as peer:
+            kept = (await receive(peer, Kept)).message
+    except _DAMAGED as error:
+        log.info("%s does not say what it keeps: %s", node, error)
+        return None
+    assert isinstance(kept, Kept)
+    return kept.seals
+
+
+async def _describe(
+    fit: int, nodes: tuple[str, ...], epoch: int, seal: bytes, neighbours: Neighbours
+) -> tuple[Plan, memoryview]:
+    """Layout and digests of an epoch, from the first node that tells the truth."""
+    why = ""
+    for node in nodes:
+        try:
+            async with neighbours.call(node, Describe(fit, epoch)) as peer:
+                return await _receive_description(peer, seal)
+        except _DAMAGED as error:
+            why = f"{node}: {error}"
+    raise ProtectionError(f"epoch {epoch} is kept, and nobody can describe it: {why}")
+
+
+async def _receive_description(peer: Peer[Message], seal: bytes) -> tuple[Plan, memoryview]:
+    digests = memoryview(b"")
+    plan: Plan | None = None
+
+    def place(message: Message, size: int) -> memoryview | None:
+        nonlocal digests, plan
+        if isinstance(message, Described):
+            plan = Plan(message.generation)
+            if plan.all_digest_bytes == size:
+                digests = memoryview(bytearray(size))
+                return digests
+        raise FragmentError(f"{peer.node} described a generation with {size} bytes of digests")
+
+    await peer.receive(place)
+    if plan is None or seal_of(plan, digests) != seal:
+        raise FragmentError(f"{peer.node} described another generation than it said it keeps")
+    return plan, digests
+
+
+class Rebuilding:
+    """Brings back this node's fragments of one generation."""
+
+    def __init__(
+        self,
+        fit: int,
+        survivors: Survivors,
+        fragments: Fragments,
+        neighbours: Neighbours,
+        progress: Progress,
+    ) -> None:
+        """Describe it; `run` does it.
+
+        Args:
+            fit: Whose generation.
+            survivors: Who is left.
+            fragments: Of this node, with memory in which nothing lies yet.
+            neighbours: The others.
+            progress: Counts.
+        """
+        plan = survivors.plan
+        self._fit = fit
+        self._survivors = survivors
+        self._fragments = fragments
+        self._neighbours = neighbours
+        self._plan = plan
+        self._progress = progress
+        progress.done = 0
+        progress.total = sum(
+            plan.size(stripe, plan.index_of(fragments.position, stripe))
+            for stripe in range(len(plan.group.nodes))
+        )
+
+    async def run(self) -> None:
+        """Fetch all fragments, each from another survivor. Afterwards they are whole.
+
+        Raises:
+            ShardsLostError: A fragment cannot be had from anybody.
+        """
+        self._fragments.take_all_digests(self._survivors.digests)
+        await together(*(self._fetch(stripe) for stripe in range(len(self._plan.group.nodes))))
+
+    async def _fetch(self, stripe: int) -> None:
+        """Bring back this node's fragment of ``stripe``."""
+        nodes, plan = self._survivors.nodes, self._plan
+        index = plan.index_of(self._fragments.position, stripe)
+        wanted = [c for c in range(plan.chunks(stripe)) if plan.length(stripe, index, c)]
+        first, failures = 0, []
+        for number in range(len(nodes)):
+            node = nodes[(stripe + number) % len(nodes)]
+            try:
+                async for chunk in self._chunks(node, stripe, index, wanted[first:]):
+                    first = chunk + 1
+            except _DAMAGED as error:
+                log.warning("fragment %d of stripe %d from %s: %s", index, stripe, node, error)
+                failures.append(str(error))
+            else:
+                return
+        raise ShardsLostError(
+            f"fragment {index} of stripe {stripe} comes back from nobody: {'; '.join(failures)}"
+        )
+
+    async def _chunks(
+        self, node: str, stripe: int, index: int, wanted: list[int]
+    ) -> AsyncIterator[int]:
+        """Have ``node`` compute chunks of a fragment, and store them."""
+        if not wanted:
+            return
+        plan, lost = self._plan, self._survivors.lost
+        table: Table = self._fragments.tables[stripe]
+        buffer = memoryview(bytearray(plan.generation.chunk))
+        request = Rebuild(self._fit, plan.generation.epoch, stripe, index, wanted[0], lost)
+        async with self._neighbours.call(node, request) as peer:
+            for chunk in wanted:
+                part = buffer[: plan.length(stripe, index, chunk)]
+                digest = await receive_chunk(peer, chunk, part)
+                if digest != table[index][chunk]:
+                    raise FragmentError(f"{node} computed chunk {chunk} wrongly")
+                self._fragments.write(stripe, chunk, part)
+                self._progress.done += len(part)
+                yield chunk
