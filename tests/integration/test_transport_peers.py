@@ -162,11 +162,12 @@ def test_what_is_too_long_is_not_sent_and_harms_nothing() -> None:
     run(main())
 
 
-def test_an_empty_payload_is_none() -> None:
+def test_what_is_no_payload_is_not_sent() -> None:
     async def main() -> None:
         async with pair() as (a, b):
-            with pytest.raises(ValueError, match="empty"):
-                await a.send(Note("x"), memoryview(b""))
+            for payload in (memoryview(b""), memoryview(b"abcd")[::2]):
+                with pytest.raises(ValueError, match="contiguous, and not empty: send none"):
+                    await a.send(Note("x"), payload)
             await still_works(a, b)
 
     run(main())

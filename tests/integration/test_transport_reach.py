@@ -253,5 +253,10 @@ def test_a_wire_that_is_cut_ends_the_connection_at_both_ends(
     b.ip("link", "set", "mn0", "down")
     assert (a.hear(), b.hear()) == ("PeerTimeoutError", "PeerTimeoutError")
     b.ip("link", "set", "mn0", "up")
-    a.ask("reach", **{"gpu-b": b})
-    assert a.hear() == []
+    found: object = None
+    for _ in range(20):  # the first packets may be lost to the way that has to be found again
+        a.ask("reach", **{"gpu-b": b})
+        found = a.hear()
+        if found == []:
+            break
+    assert found == []

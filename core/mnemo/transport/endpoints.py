@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Final, Generic
@@ -52,8 +54,12 @@ async def connect(
         FrameError: Something else answers, or another version of mnemo.
     """
     rules = rules or Rules()
-    sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    wire = Wire(sock, f"{expect} at {address}" if expect else str(address))
+    name = f"{expect} at {address}" if expect else str(address)
+    try:
+        sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    except OSError as error:  # no IPv6 here, or out of descriptors
+        raise PeerLostError(name, os.strerror(error.errno or 0).lower()) from error
+    wire = Wire(sock, name)
     try:
         with wire.within(rules.handshake_s, "connecting", WRITING):
             await wire.connect(address)
@@ -121,19 +127,21 @@ class Listener(Generic[M]):
                 log.warning("a connection could not be accepted: %s", error)
                 await asyncio.sleep(_BREATHER_S)
                 continue
-            task = self._loop.create_task(self._attend(sock, Address(*address[:2])))
+            wire = Wire(sock, str(Address(*address[:2])))
+            task = self._loop.create_task(self._attend(wire))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(functools.partial(self._forget, wire))
 
-    async def _attend(self, sock: socket.socket, address: Address) -> None:
+    def _forget(self, wire: Wire, task: asyncio.Task[None]) -> None:
+        """The connection is over, or was before its task began."""
+        wire.close()
+        self._tasks.discard(task)
+
+    async def _attend(self, wire: Wire) -> None:
         """Serve one connection to its end."""
-        wire = Wire(sock, str(address))
         try:
             session = await self._admit(wire)
-        except BaseException as error:
-            wire.close()
-            if not isinstance(error, PeerError):
-                raise
+        except PeerError as error:
             self._note_refusal(error)
             return
         peer = Peer(wire, session, self._decoder, self._rules)

@@ -29,7 +29,7 @@ class Rules:
     """How long is waited and how much is taken. The same on all nodes, or nearly.
 
     Attributes:
-        handshake_s: Longest time from the first packet to the end of the handshake.
+        handshake_s: Longest time to connect, and then again to prove who one is.
         stall_s: Longest time for the next mebibyte, or the next part, of a frame begun.
         ping_s: Silence after which this side sends a ping.
         silence_s: Silence after which the other side counts as lost; several times `ping_s`.
@@ -107,8 +107,8 @@ class Peer(Generic[M]):
             ValueError: Message or payload are longer than `Rules.limits`, the payload is empty or
                 not contiguous.
         """
-        if payload is not None and not payload.nbytes:
-            raise ValueError("an empty payload: send none")
+        if payload is not None and not (payload.nbytes and payload.c_contiguous):
+            raise ValueError("a payload is contiguous, and not empty: send none instead")
         content = None if payload is None else payload.cast("B")
         size = 0 if content is None else len(content)
         data = msgspec.msgpack.encode(message)
@@ -151,7 +151,10 @@ class Peer(Generic[M]):
             self._receiving = False
 
     async def close(self) -> None:
-        """Hang up. Whoever waits for this peer gets a `PeerLostError`; harmless a second time."""
+        """Hang up. Whoever waits for this peer gets a `PeerLostError`; harmless a second time.
+
+        What was sent last may be lost with it: have it acknowledged first.
+        """
         self._wire.close()
         self._keeper.cancel()
         await asyncio.wait([self._keeper])
