@@ -19,9 +19,8 @@ Fragment = npt.NDArray[np.uint8]
 class Engine(Protocol):
     """Multiplies `mnemo.erasure.codes.coefficients` with fragments, into the caller's memory."""
 
-    @property
-    def name(self) -> str:
-        """What a user calls it."""
+    name: str
+    """What a user calls it."""
 
     def compute(
         self, code: Code, sources: Mapping[int, Fragment], outputs: Mapping[int, Fragment]
