@@ -61,7 +61,7 @@ class Extras:
 
     def volatile(self) -> set[int]:
         """Addresses of tensors that change before the next update."""
-        found = {b.data_ptr() for b in self._module.buffers()}
+        found = {b.data_ptr() for b in self._module.buffers() if b.layout is torch.strided}
         found |= {g.data_ptr() for gs in self.waiting().values() for g in gs if g is not None}
         return found
 

@@ -20,6 +20,7 @@ from mnemo.session.exactness import first_sum_differs
 from mnemo.session.finder import Restored
 from mnemo.session.keeper import Keeper
 from mnemo.session.report import say
+from mnemo.snapshot.listing import keep_types
 from mnemo.snapshot.rng import restore_rng
 
 
@@ -84,6 +85,10 @@ class Resume:
             raise optimizers_differ(
                 self.restored.step, self._keeper.identity.run_id, error
             ) from error
+        if self.restored is not None:
+            saved = checkpoint["optimizer_states"]
+            for optimizer, state in zip(trainer.optimizers, saved, strict=True):
+                keep_types(optimizer, state)
 
     def _around_resume_start(
         self,

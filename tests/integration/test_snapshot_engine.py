@@ -26,6 +26,7 @@ from mnemo.smp.segment import CHUNK, PAGE
 from mnemo.snapshot import engine as engine_module
 from mnemo.snapshot.engine import SnapshotEngine
 from mnemo.snapshot.layout import Share
+from mnemo.snapshot.listing import join_module_state, module_state
 from mnemo.snapshot.restore import Source, read_state
 from mnemo.transport import auth
 
@@ -582,3 +583,30 @@ def test_tensors_that_move_are_found(lab: Lab) -> None:
         found = trainer.newest()
         assert found is not None
         assert same(found[1], state)
+
+
+def test_parameters_that_change_type_memory_or_shape_are_followed(lab: Lab) -> None:
+    trainer = lab.trainer()
+    model = torch.nn.Sequential(torch.nn.Linear(40, 300), torch.nn.Linear(300, 40))
+
+    def check(tick: int) -> None:
+        trainer.take(tick, {"model": module_state(model)})
+        found = trainer.newest()
+        assert found is not None
+        assert found[0] == tick
+        assert same(join_module_state(found[1]["model"]), dict(model.state_dict()))
+
+    check(1)
+    for parameter in model.parameters():
+        parameter.data = parameter.data + 1
+    check(2)
+    model.double()
+    check(3)
+    model[0].weight.data = model[0].weight.data.t().contiguous()
+    check(4)
+    assert trainer.events == []
+    model[1].weight.data = model[1].weight.data.t()  # where it was
+    trainer.take(5, {"model": module_state(model)})
+    assert trainer.kinds() == ["snapshot failed"]
+    assert "1.weight has another shape" in trainer.events[0][1]
+    check(6)

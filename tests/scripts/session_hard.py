@@ -94,6 +94,7 @@ def train(kind: str, *, protected: bool) -> dict[str, Any]:
     torch.manual_seed(5)
     random.seed(5)
     model = nn.Sequential(nn.Linear(4, 96), nn.Dropout(0.1), nn.Linear(96, 96), nn.Linear(96, 1))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
     average = torch.optim.swa_utils.AveragedModel(model)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     if kind == "closure":

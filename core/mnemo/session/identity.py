@@ -18,6 +18,8 @@ import torch
 from mnemo.config import ResolvedConfig
 from mnemo.errors import ModelChangedError
 from mnemo.smp.segment import TensorEntry
+from mnemo.snapshot.layout import dtype_name
+from mnemo.snapshot.tree import is_plain
 
 _SOURCES = ("MNEMO_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 _UNSET = ("", "none")
@@ -135,8 +137,10 @@ def require_same_model(
         for p in prefixes
         if e.name.startswith(p)
     }
-    now = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in current.items()}
-    aliases = _aliases(current)
+    # What is more than its bytes went another way, with all that it needs to be put together.
+    plain = {name: tensor for name, tensor in current.items() if is_plain(tensor)}
+    now = {name: (dtype_name(t), tuple(t.shape)) for name, t in plain.items()}
+    aliases = _aliases(plain)
     differ = [
         f"{name}: {_words(then.get(name))} in the snapshot, {_words(now.get(name))} in the model"
         for name in sorted(then.keys() | now.keys())

@@ -105,6 +105,8 @@ class Keeper:
         self._opened = time.time()
         self._then: dict[str, str] = {}
         self._changes: list[str] = []
+        self._failure = ""
+        """Why the newest snapshot that could not be taken failed."""
 
     # --- beginning ----------------------------------------------------------------------------
 
@@ -324,8 +326,11 @@ class Keeper:
         try:
             yield
         except Exception as error:
-            log.exception("the snapshot of step %d could not be taken", step)
-            self.degraded("snapshot failed", f"step {step}: {type(error).__name__}: {error}")
+            words = f"{type(error).__name__}: {error}"
+            if words != self._failure:  # the same again at each step needs no traceback
+                log.exception("the snapshot of step %d could not be taken", step)
+            self._failure = words
+            self.degraded("snapshot failed", f"step {step}: {words}")
 
     def before_update(self) -> float:
         """Parameters are about to change: wait for the copy that is under way. Seconds waited."""

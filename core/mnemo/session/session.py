@@ -19,7 +19,13 @@ from mnemo.session.passes import LoaderPosition
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.stop import leave, on_sigterm
 from mnemo.smp.board import Position
-from mnemo.snapshot.listing import MODULE_PARTS, join_module_state, module_state, optimizer_state
+from mnemo.snapshot.listing import (
+    MODULE_PARTS,
+    join_module_state,
+    module_state,
+    optimizer_state,
+    restore_optimizer,
+)
 
 
 class Session:
@@ -234,7 +240,7 @@ class Session:
     def _load(self, state: dict[str, Any]) -> None:
         self._model.load_state_dict(join_module_state(state["model"]))
         try:
-            self._optimizer.load_state_dict(state["optimizer"])
+            restore_optimizer(self._optimizer, state["optimizer"])
         except (KeyError, ValueError, TypeError) as error:
             raise ModelChangedError(
                 f"the snapshot's optimizer state does not fit {type(self._optimizer).__name__} "
@@ -251,7 +257,7 @@ class Session:
         self._commits = position["commits"]
 
     def _volatile(self) -> set[int]:
-        return {b.data_ptr() for b in self._model.buffers()}
+        return {b.data_ptr() for b in self._model.buffers() if b.layout is torch.strided}
 
     def _expected_size(self) -> int:
         return expected_size(self._model, [self._optimizer])

@@ -344,6 +344,12 @@ class SnapshotEngine:
             for i, (chunk, before) in enumerate(zip(chunks, job.before, strict=True)):
                 if before.to_bytes(8, "little") != digests[8 * i : 8 * i + 8]:
                     touched += job.plan.names_in(chunk)
+        if reshaped := job.plan.reshaped():  # looked for here: it costs the training thread nothing
+            self._plan = None
+            raise SnapshotError(
+                f"{reshaped[0]} has another shape, layout or type in the same memory: this "
+                "snapshot is void, the next one takes it as it is"
+            )
         if touched:
             self._at_once.update(touched)
             self._plan = None

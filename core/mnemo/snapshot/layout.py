@@ -33,6 +33,11 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return tensor.permute(order).is_contiguous()
 
 
+def dtype_name(tensor: torch.Tensor) -> str:
+    """As segments name types: ``float32``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def byte_view(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a dense tensor as 1-D uint8, without a copy."""
     flat = tensor.detach()
@@ -84,7 +89,7 @@ def make_layout(tensors: list[tuple[str, torch.Tensor]], own: list[bool]) -> Lay
             offset = -(-offset // align) * align
             entries[i] = TensorEntry(
                 name,
-                str(tensor.dtype).removeprefix("torch."),
+                dtype_name(tensor),
                 tuple(tensor.shape),
                 tuple(tensor.stride()),
                 offset,

@@ -95,3 +95,27 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         groups.append(packed)
     state = Stable(tensors, lambda: optimizer.state_dict()["state"], key=len(optimizer.state))
     return {"state": state, "param_groups": groups}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict(saved)``, to the bit.
+
+    Raises:
+        KeyError, ValueError, TypeError: As torch does where the state does not fit.
+    """
+    optimizer.load_state_dict(saved)
+    keep_types(optimizer, saved)
+
+
+def keep_types(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Give state the type that it was saved in: torch has just cast it to its parameter's type."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        then, now = saved["state"].get(number), optimizer.state.get(parameter)
+        if not isinstance(then, dict) or not isinstance(now, dict):
+            continue
+        for key, value in then.items():
+            cast = now.get(key)
+            if isinstance(value, torch.Tensor) and isinstance(cast, torch.Tensor):
+                now[key] = cast if cast.dtype == value.dtype else value.to(cast.device)

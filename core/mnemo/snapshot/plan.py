@@ -12,7 +12,15 @@ import torch
 
 from mnemo.smp.segment import CHUNK
 from mnemo.snapshot import copier, tree
-from mnemo.snapshot.layout import SMALL, Bytes, Layout, byte_view, is_dense, make_layout
+from mnemo.snapshot.layout import (
+    SMALL,
+    Bytes,
+    Layout,
+    byte_view,
+    dtype_name,
+    is_dense,
+    make_layout,
+)
 
 
 @dataclass
@@ -52,6 +60,19 @@ class CopyPlan:
             self.at_once = [(self.stage[e.offset : e.offset + e.nbytes], s) for e, s in places]
         return self.at_once
 
+    def reshaped(self) -> list[str]:
+        """Names of lasting tensors that lie where they did, but are read in another way now."""
+        entries = self.layout.entries[len(self.signature) :]
+        return [
+            entry.name
+            for i, (tensor, entry) in enumerate(
+                zip(self.members, entries, strict=True), len(self.signature)
+            )
+            if tensor.shape != entry.shape
+            or dtype_name(tensor) != entry.dtype
+            or (tensor.stride() != entry.strides and i not in self.loose)
+        ]
+
     def shared_of(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Those of all ``tensors`` that are copied in the background, in the order of `shared`."""
         fleeting = len(self.signature)
@@ -82,7 +103,11 @@ class CopyPlan:
             for i in moved:
                 tensor, entry = tensors[i], self.layout.entries[i]
                 strides = entry.strides if i in self.loose else tensor.stride()
-                if tensor.shape != entry.shape or strides != entry.strides:
+                if (
+                    tensor.shape != entry.shape
+                    or strides != entry.strides
+                    or dtype_name(tensor) != entry.dtype
+                ):
                     return False
                 self.sources[i] = _view(tensor)
             self.at_once = None

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import msgspec
 import torch
+from torch.nn.parameter import UninitializedParameter
 
 MARK: Final = "\0mnemo.tensor"
 _PART: Final = "\0mnemo.part"
@@ -85,13 +86,24 @@ class TakenApart:
 
 def is_plain(value: torch.Tensor) -> bool:
     """Whether the bytes of ``value`` are its whole content."""
+    kind = type(value)
     return (
-        type(value) in _PLAIN_TYPES
+        (kind in _PLAIN_TYPES or _is_mere_parameter(kind))  # type: ignore[arg-type]
         and value.layout is torch.strided
         and value.device.type in ("cpu", "cuda")
         and not value.is_conj()
         and not value.is_neg()
         and not value.is_quantized
+    )
+
+
+@functools.cache
+def _is_mere_parameter(kind: type[torch.Tensor]) -> bool:
+    """Whether a user's own kind of parameter behaves as torch's does, and is saved as that."""
+    return (
+        issubclass(kind, torch.nn.Parameter)
+        and kind.__torch_function__ is torch.nn.Parameter.__torch_function__
+        and not issubclass(kind, UninitializedParameter)
     )
 
 
