@@ -195,7 +195,8 @@ class _Hub:
             ]
             streams = []
             for index, holder in enumerate(holders):
-                stream = Stream(holder, plan, stripe, index, first=0, window=WINDOW)
+                chunks = range(plan.chunks(stripe))
+                stream = Stream(holder, plan, stripe, index, chunks, WINDOW)
                 stack.push_async_callback(stream.close)
                 streams.append(stream)
             await self._encode_all(streams)

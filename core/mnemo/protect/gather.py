@@ -63,7 +63,7 @@ async def send_own(
     plan, stripe = fragments.plan, request.stripe
     index = plan.index_of(fragments.position, stripe)
     buffer = memoryview(bytearray(plan.generation.chunk))
-    for chunk in range(request.first, plan.chunks(stripe)):
+    for chunk in range(request.first, min(request.stop, plan.chunks(stripe))):
         part = buffer[: plan.length(stripe, index, chunk)]
         if not part:
             break
@@ -84,6 +84,7 @@ class Gathering:
         self._neighbours = neighbours
         self._codec = codec
         self._plan = plan
+        self._stop = min(request.stop, plan.chunks(request.stripe))
         self._table = fragments.tables[request.stripe]
         names = plan.group.nodes
         order = [(fragments.position + i) % len(names) for i in range(len(names))]
@@ -107,7 +108,7 @@ class Gathering:
         buffers = [memoryview(bytearray(plan.generation.chunk)) for _ in range(2)]
         delivery: asyncio.Future[int] = asyncio.ensure_future(asyncio.sleep(0, 0))
         try:
-            for chunk in range(self._request.first, plan.chunks(stripe)):
+            for chunk in range(self._request.first, self._stop):
                 length = plan.length(stripe, index, chunk)
                 if not length:
                     break
@@ -167,9 +168,9 @@ class Gathering:
         if plan.position_of(stripe, index) == self._fragments.position:
             yield _Own(self._fragments, stripe, chunk)
             return
-        request = Read(self._request.fit, plan.generation.epoch, stripe, chunk)
+        request = Read(self._request.fit, plan.generation.epoch, stripe, chunk, self._stop)
         async with self._neighbours.call(self._node(index), request) as peer:
-            stream = Stream(peer, plan, stripe, index, first=chunk, window=WINDOW)
+            stream = Stream(peer, plan, stripe, index, range(chunk, self._stop), WINDOW)
             try:
                 yield stream
             finally:

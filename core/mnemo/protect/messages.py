@@ -71,15 +71,16 @@ class Describe(_Opening, frozen=True):
 
 
 class Read(_Opening, frozen=True):
-    """Send your fragment of ``stripe``, chunk by chunk from ``first`` on."""
+    """Send your fragment of ``stripe``: the chunks from ``first`` on, ``stop`` not among them."""
 
     epoch: int
     stripe: int
     first: _Count
+    stop: _Count
 
 
 class Rebuild(_Opening, frozen=True):
-    """Send fragment ``index`` of ``stripe`` from chunk ``first`` on: computed from others.
+    """Compute fragment ``index`` of ``stripe`` from others, and send its chunks as of `Read`.
 
     ``lost`` are nodes not to be asked.
     """
@@ -88,6 +89,7 @@ class Rebuild(_Opening, frozen=True):
     stripe: int
     index: int
     first: _Count
+    stop: _Count
     lost: tuple[str, ...]
 
 

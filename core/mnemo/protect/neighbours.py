@@ -26,6 +26,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Serve = Callable[[Peer[Message], Opening], Awaitable[None]]
 
+PER_CORE: Final = 8e6
+"""Bytes of fragments that a node sends by default, a second and a core: about a fiftieth of it."""
 _NICE: Final = 19
 
 
@@ -38,7 +40,7 @@ class Neighbours:
         sock: socket.socket,
         addresses: Mapping[str, Address],
         *,
-        bytes_per_s: float = float("inf"),
+        bytes_per_s: float | None = None,
         rules: Rules | None = None,
     ) -> None:
         """Begin to listen; to be called within a running loop, and ended by `close`.
@@ -47,11 +49,11 @@ class Neighbours:
             me: This node.
             sock: From `mnemo.transport.address.listen`; closed by `close`.
             addresses: Where the others listen, as far as that is known; `moved` changes it.
-            bytes_per_s: Most that this node sends of fragments.
+            bytes_per_s: Most that this node sends of fragments; None: `default_rate`.
             rules: Waits and limits.
         """
         self.rules = rules or Rules()
-        self.rate = RateLimit(bytes_per_s)
+        self.rate = RateLimit(default_rate() if bytes_per_s is None else bytes_per_s)
         self.sent = 0
         """Bytes of fragments that left this node."""
         self._me = me
@@ -122,6 +124,11 @@ class Neighbours:
         """Hang up on everybody."""
         await self._listener.close()
         self._worker.shutdown()
+
+
+def default_rate() -> float:
+    """Most bytes a second that a node sends of fragments unless told otherwise."""
+    return PER_CORE * len(os.sched_getaffinity(0))
 
 
 async def together(*parts: Coroutine[Any, Any, Any]) -> None:

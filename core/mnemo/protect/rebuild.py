@@ -189,16 +189,29 @@ class Rebuilding:
         await together(*(self._fetch(stripe) for stripe in range(len(self._plan.group.nodes))))
 
     async def _fetch(self, stripe: int) -> None:
-        """Bring back this node's fragment of ``stripe``."""
+        """Bring back this node's fragment of ``stripe``, a part from each survivor.
+
+        So all of them have as much to do, whatever their number.
+        """
         nodes, plan = self._survivors.nodes, self._plan
         index = plan.index_of(self._fragments.position, stripe)
         wanted = [c for c in range(plan.chunks(stripe)) if plan.length(stripe, index, c)]
-        first, failures = 0, []
-        for number in range(len(nodes)):
-            node = nodes[(stripe + number) % len(nodes)]
+        share = -(-len(wanted) // len(nodes)) or 1
+        for part, start in enumerate(range(0, len(wanted), share)):
+            turn = (stripe + part) % len(nodes)
+            await self._fetch_part(
+                nodes[turn:] + nodes[:turn], stripe, index, wanted[start : start + share]
+            )
+
+    async def _fetch_part(
+        self, nodes: tuple[str, ...], stripe: int, index: int, wanted: list[int]
+    ) -> None:
+        """Bring back chunks of a fragment from the first of ``nodes`` that can."""
+        left, failures = wanted, []
+        for node in nodes:
             try:
-                async for chunk in self._chunks(node, stripe, index, wanted[first:]):
-                    first = chunk + 1
+                async for chunk in self._chunks(node, stripe, index, left):
+                    left = [other for other in left if other > chunk]
             except _DAMAGED as error:
                 log.warning("fragment %d of stripe %d from %s: %s", index, stripe, node, error)
                 failures.append(str(error))
@@ -212,12 +225,11 @@ class Rebuilding:
         self, node: str, stripe: int, index: int, wanted: list[int]
     ) -> AsyncIterator[int]:
         """Have ``node`` compute chunks of a fragment, and store them."""
-        if not wanted:
-            return
         plan, lost = self._plan, self._survivors.lost
         table: Table = self._fragments.tables[stripe]
         buffer = memoryview(bytearray(plan.generation.chunk))
-        request = Rebuild(self._fit, plan.generation.epoch, stripe, index, wanted[0], lost)
+        epoch, first, stop = plan.generation.epoch, wanted[0], wanted[-1] + 1
+        request = Rebuild(self._fit, epoch, stripe, index, first, stop, lost)
         async with self._neighbours.call(node, request) as peer:
             for chunk in wanted:
                 part = buffer[: plan.length(stripe, index, chunk)]

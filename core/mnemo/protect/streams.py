@@ -72,7 +72,7 @@ class Stream:
     """One fragment as it comes, a few chunks ahead of who takes them."""
 
     def __init__(
-        self, peer: Peer[Message], plan: Plan, stripe: int, index: int, *, first: int, window: int
+        self, peer: Peer[Message], plan: Plan, stripe: int, index: int, chunks: range, window: int
     ) -> None:
         """Begin to receive; ended by `close`.
 
@@ -81,7 +81,7 @@ class Stream:
             plan: The layout.
             stripe: Of the fragment.
             index: Its number.
-            first: The first chunk that comes.
+            chunks: Those that come.
             window: Chunks kept at most, that which was taken last included.
         """
         self._peer = peer
@@ -94,7 +94,7 @@ class Stream:
             self._free.put_nowait(memoryview(bytearray(size)))
         self._ready: asyncio.Queue[Part | Exception] = asyncio.Queue()
         self._taken: memoryview | None = None
-        self._task = asyncio.get_running_loop().create_task(self._receive(first))
+        self._task = asyncio.get_running_loop().create_task(self._receive(chunks))
 
     async def next(self) -> Part:
         """The next chunk; that before it counts no more.
@@ -116,10 +116,10 @@ class Stream:
             self._free.put_nowait(self._taken)
             self._taken = None
 
-    async def _receive(self, first: int) -> None:
+    async def _receive(self, chunks: range) -> None:
         plan, stripe = self._plan, self._stripe
         try:
-            for chunk in range(first, plan.chunks(stripe)):
+            for chunk in chunks:
                 buffer = await self._free.get()
                 length = plan.length(stripe, self._index, chunk)
                 width = plan.stripe_length(stripe, chunk)

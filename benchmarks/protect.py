@@ -1,0 +1,145 @@
+"""What protecting a generation over a group costs: bytes sent, seconds, memory, training.
+
+Nodes are processes on loopback, each with one shard. Bytes are those that the loopback interface
+counts, headers and pings included, over (n - 1) / (n - m) of a shard. Memory is what a node's
+process has for itself beyond what it had before, its parities and one shard, over one shard and two
+sets of m / (n - m).
+
+``training_slowdown`` is that of two busy processes, one a core, that multiply matrices, while four
+nodes protect at a quarter of the default rate each: together they do what one node does that has
+the machine to itself. Each round measures with and without, one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+
+from benchmarks.group import everybody, group_of
+from benchmarks.harness import Report, Samples
+from mnemo.protect.neighbours import default_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHAPES = ((4, 1), (4, 2), (8, 2))
+WINDOW_S = 3.0
+STEPS = """
+import mmap, os, sys
+import numpy as np
+counter = np.frombuffer(mmap.mmap(int(sys.argv[1]), 4096), np.uint64)[int(sys.argv[2]):]
+a = np.random.default_rng(0).random((384, 384))
+while os.getppid() == int(sys.argv[3]):
+    a @ a
+    counter[0] += 1
+"""
+
+
+def run(quick: bool, report: Report) -> None:
+    """Fill ``report``."""
+    size = (32 if quick else 384) << 20
+    worst_bytes = worst_memory = 0.0
+    for n, m in SHAPES:
+        found = _protect(n, m, size, rounds=2 if quick else 5)
+        report.row(what=f"{n - m}+{m}", shard_mib=size / 2**20, **found)
+        worst_bytes = max(worst_bytes, found["bytes_over_formula"])
+        worst_memory = max(worst_memory, found["memory_over_formula"])
+    slowdown, seconds, shard = _slowdown(rounds=2 if quick else 9)
+    low, high = slowdown.quartiles
+    report.row(
+        what="beside training",
+        shard_mib=shard / 2**20,
+        seconds=seconds,
+        rate_mb_per_s=default_rate() / 1e6,
+        slowdown=slowdown.median,
+        q1=low,
+        q3=high,
+    )
+    report.bar("bytes_over_hub_formula", worst_bytes, 1.02, "lower")
+    report.bar("memory_over_formula", worst_memory, 1.05, "lower")
+    report.bar("training_slowdown", slowdown.median, 1.03, "lower")
+
+
+def _protect(n: int, m: int, size: int, *, rounds: int) -> dict[str, float]:
+    """Protect generation after generation as fast as it goes."""
+    ratios, seconds, used = [], [], []
+    with group_of(n, m, rate=float("inf")) as nodes:
+        before = [node.private for node in nodes]
+        for tick in range(1, rounds + 1):
+            everybody(nodes, "commit", tick, size)
+            shard = max(everybody(nodes, "shard", tick))
+            cpu, wire = sum(node.used for node in nodes), _on_loopback()
+            seconds.append(max(everybody(nodes, "protect", tick)))
+            ratios.append((_on_loopback() - wire) / n / (shard * (n - 1) / (n - m)))
+            used.append((sum(node.used for node in nodes) - cpu) / n / (shard / 1e9))
+        parities = [status["memory"] for status in everybody(nodes, "status")]
+        own = [node.private - other for node, other in zip(nodes, before, strict=True)]
+        taken = max(a + b for a, b in zip(parities, own, strict=True))
+    return {
+        "seconds": Samples(seconds).median,
+        "cpu_s_per_gb_and_node": Samples(used).median,
+        # The interface counts what others send as well: the least disturbed round counts.
+        "bytes_over_formula": min(ratios),
+        "memory_over_formula": (shard + taken) / (shard * (1 + 2 * m / (n - m))),
+    }
+
+
+def _on_loopback() -> int:
+    return int(psutil.net_io_counters(pernic=True)["lo"].bytes_sent)
+
+
+def _slowdown(*, rounds: int) -> tuple[Samples, float, int]:
+    """Steps done without over those done with; seconds to protect; bytes of a shard."""
+    rate = default_rate() / 4
+    size = int(rate * WINDOW_S * 1.3)
+    ratios, seconds = [], []
+    with group_of(4, 1, rate=rate) as nodes, _training() as steps:
+        for tick in range(1, rounds + 2):
+            everybody(nodes, "commit", tick, size)
+            alone = _rate_of(steps)
+            for node in nodes:
+                node.tell("protect", tick)
+            together = _rate_of(steps)
+            seconds.append(max(node.answer() for node in nodes))
+            ratios.append(alone / together)
+    return Samples(ratios[1:]), Samples(seconds).median, size
+
+
+@contextlib.contextmanager
+def _training() -> Iterator[memoryview]:
+    """Two busy processes and where they count their steps."""
+    counters = os.memfd_create("bench-steps")
+    os.truncate(counters, mmap.PAGESIZE)
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", STEPS, str(counters), str(i), str(os.getpid())],
+            pass_fds=[counters],
+            env=environment,
+        )
+        for i in range(2)
+    ]
+    view = memoryview(mmap.mmap(counters, mmap.PAGESIZE)).cast("Q")
+    try:
+        while not all(view[i] for i in range(2)):
+            time.sleep(0.05)
+        yield view
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        os.close(counters)
+
+
+def _rate_of(steps: memoryview) -> float:
+    """Steps a second over `WINDOW_S`."""
+    before, start = sum(steps[:2]), time.perf_counter()
+    time.sleep(WINDOW_S)
+    return (sum(steps[:2]) - before) / (time.perf_counter() - start)
