@@ -14,11 +14,20 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
 
-from mnemo.session.generators import generators_of_dataset, get_states, set_states
+from mnemo.session.generators import (
+    generators_of_dataset,
+    generators_of_sampler,
+    get_states,
+    set_states,
+    unique,
+)
 from mnemo.session.loader import (
+    ELSEWHERE,
     ReplaySampler,
     draws_in_workers,
     fast_forward,
+    kept_generators,
+    locate,
     make_replayable,
 )
 
@@ -91,11 +100,11 @@ class DataPosition:
         replay = self._loaders[number][1]
         if replay is None or self._saved is None or number >= len(self._saved["loaders"]):
             return
-        saved = self._saved["loaders"][number]
-        if saved is None:
+        place = self._saved["loaders"][number]
+        if "passes" not in place:
             return
         _tell_epoch(replay, self._epoch())  # before the iterator is made
-        replay.resume(saved)
+        replay.resume(place)
         self._armed.append(replay)
 
     def _epoch(self) -> int:
@@ -147,12 +156,24 @@ class DataPosition:
             "positions": positions,
             "begun": list(self._begun),
             "loaders": [
-                None if replay is None else replay.state(position)
-                for (_, replay), position in zip(self._loaders, positions, strict=True)
+                locate(loader, replay, its_iterator, position)
+                for (loader, replay), its_iterator, position in zip(
+                    self._loaders, _iterators(fetcher), positions, strict=True
+                )
             ],
             "stateful": fetcher.combined_loader._state_dicts(),
-            "datasets": [get_states(generators_of_dataset(loader)) for loader, _ in self._loaders],
+            "generators": get_states(self._generators()),
         }
+
+    def _generators(self) -> list[Any]:
+        """Those of all loaders of the fit; loaders for validation often share the training's."""
+        found = [g for pair in self._loaders for g in kept_generators(*pair)]
+        evaluated = self._trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        for loader in () if evaluated is None else evaluated.flattened:
+            if not _is_stateful(loader):
+                found += generators_of_sampler(loader)
+            found += generators_of_dataset(loader)
+        return unique(found)
 
     def _position(self, number: int, fetcher: Any) -> int:
         """Batches drawn of a loader's current pass."""
@@ -189,8 +210,12 @@ class DataPosition:
         if hasattr(fetcher, "_batch_idx"):
             fetcher._batch_idx = saved["batch_index"]
         self._begun, self._iterators = list(saved["begun"]), _iterators(fetcher)
-        for (loader, _), states in zip(self._loaders, saved["datasets"], strict=True):
-            set_states(generators_of_dataset(loader), states)
+        for (_, replay), iterator in zip(self._loaders, self._iterators, strict=True):
+            if replay is not None:
+                replay.bind(iterator)
+        set_states(self._generators(), saved["generators"])
+        if not all(place["sure"] for place in saved["loaders"]):
+            self._notes.append(ELSEWHERE)
         if self._seed is None and any(draws_in_workers(loader) for loader, _ in self._loaders):
             self._notes.append(_IN_WORKERS)
         self._saved = None

@@ -44,7 +44,18 @@ def results(tmp_path: Path) -> tuple[object, object]:
     return with_mnemo, without
 
 
-@pytest.mark.parametrize("kind", ["own generator", "iterable", "stateful", "closure", "scaled"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "own generator",
+        "iterable",
+        "stateful",
+        "closure",
+        "scaled",
+        "evaluated",
+        "evaluated, wrapped",
+    ],
+)
 def test_a_killed_loop_goes_on_as_if_nothing_had_been(
     live: Live, tmp_path: Path, kind: str
 ) -> None:
@@ -55,6 +66,7 @@ def test_a_killed_loop_goes_on_as_if_nothing_had_been(
     assert code == 0, said
     assert "resumed from memory at step 7" in said
     assert ("read again" in said) == (kind == "iterable")
+    assert ("not exact" in said) == (kind == "iterable")
     with_mnemo, without = results(tmp_path)
     assert with_mnemo == without
 
@@ -71,6 +83,14 @@ def test_the_memory_has_a_new_keeper_long_before_the_next_snapshot(
     assert "resumed from memory at step 6, 1 step lost" in said
     with_mnemo, without = results(tmp_path)
     assert with_mnemo == without
+
+
+def test_a_loader_that_is_not_its_sampler_is_never_called_exact(live: Live) -> None:
+    code, said = live("echoing", KILL=str(int(signal.SIGKILL)))
+    assert code == -signal.SIGKILL, said
+    code, said = live("echoing")
+    assert code == 0, said
+    assert "not exact (the loader was iterated over elsewhere" in said
 
 
 def test_changed_data_is_never_called_exact(live: Live, tmp_path: Path) -> None:

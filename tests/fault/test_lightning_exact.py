@@ -49,7 +49,7 @@ DATA = dict.fromkeys(
         "stateful_stream",
     ),
     EARLY[:2],
-)
+) | dict.fromkeys(("same_loader", "shared_generator"), ("forward:4", "validation:9", "mid_copy:14"))
 DATA_MORE = {
     **dict.fromkeys(("weighted", "replacement", "unbatched", "max_size", "loader_iter"), EARLY),
     **dict.fromkeys(("batch_sampler", "stateful_map"), EARLY),

@@ -498,6 +498,28 @@ def erratic(out):
     return Case(Draws(), loader(shuffle=False, sampler=Erratic()), val())
 
 
+def same_loader(out):
+    """What it is trained with is what it is validated with, and what a callback looks at."""
+
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx % 4 == 2:
+                with torch.no_grad():
+                    for x, _ in trainer.train_dataloader:
+                        pl_module.net(x)
+
+    both = loader()
+    return Case(Net(), both, both, {"val_check_interval": 3, "max_epochs": 3}, [Looks()])
+
+
+def shared_generator(out):
+    """PyTorch's recipe for reproducible loaders, with the one generator for both."""
+    g = torch.Generator().manual_seed(3)
+    validated = loader(32, batch_size=16, generator=g)
+    options = {"val_check_interval": 3, "max_epochs": 3}
+    return Case(Net(), loader(generator=g), validated, options)
+
+
 def unbatched(out):
     """``batch_size=None``: the dataset makes the batches."""
 

@@ -70,7 +70,34 @@ class Stateful:
         self.next = state["next"]
 
 
+class Scaled(DataLoader[torch.Tensor]):
+    """Makes its iterator only when the first batch is asked for."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
+        for batch in super().__iter__():
+            yield 0.9 * batch
+
+
+class Echoing(DataLoader[torch.Tensor]):
+    """Gives each batch twice."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
+        for batch in super().__iter__():
+            yield batch
+            yield batch + 0.1
+
+
+LOADERS: dict[str, type[DataLoader[torch.Tensor]]] = {
+    "evaluated": DataLoader,
+    "evaluated, wrapped": Scaled,
+    "echoing": Echoing,
+}
+
+
 def loader_of(kind: str) -> Iterable[torch.Tensor]:
+    if kind in LOADERS:
+        own = torch.Generator().manual_seed(2)
+        return LOADERS[kind](OwnGenerator(), batch_size=4, shuffle=True, generator=own)
     if kind in ("stateful", "closure", "scaled"):
         return Stateful()
     if kind == "iterable":
@@ -141,6 +168,12 @@ def train(kind: str, *, protected: bool) -> dict[str, Any]:
         for p in model.parameters():
             p.data.clamp_(-0.2, 0.2)
         torch.rand(3)
+        if kind.startswith("evaluated") and number % 2:
+            # Through the very loader that is trained with, and at times not to its end.
+            for seen, other in enumerate(loader):
+                torch.rand(int(model(other).numel()))
+                if seen == number % 4:
+                    break
     if kind == "scaled":
         losses[KILL_BEHIND + 1] += scaler.get_scale()
     weights = [p.double().sum().item() for m in (model, average) for p in m.parameters()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -19,12 +19,12 @@ def generators_of_sampler(loader: Any) -> list[Any]:
     """Those that decide the order of ``loader``."""
     parts = [getattr(loader, name, None) for name in _SAMPLER_PARTS]
     own = getattr(loader, "generator", None)
-    return _unique([own, *(g for part in parts for g in _search(part, _SAMPLER_PARTS, _DEPTH))])
+    return unique([own, *(g for part in parts for g in _search(part, _SAMPLER_PARTS, _DEPTH))])
 
 
 def generators_of_dataset(loader: Any) -> list[Any]:
     """Those that samples of ``loader`` are made with, in this process."""
-    return _unique(_search(getattr(loader, "dataset", None), _DATASET_PARTS, _DEPTH))
+    return unique(_search(getattr(loader, "dataset", None), _DATASET_PARTS, _DEPTH))
 
 
 def get_states(generators: Sequence[Any]) -> list[Any]:
@@ -53,7 +53,8 @@ def _search(part: Any, names: tuple[str, ...], depth: int) -> Iterator[Any]:
             yield from _search(attributes[name], names, depth - 1)
 
 
-def _unique(found: Any) -> list[Any]:
+def unique(found: Iterable[Any]) -> list[Any]:
+    """The generators among ``found``, each once."""
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
     return list({id(g): g for g in found if isinstance(g, kinds)}.values())
 

@@ -8,8 +8,16 @@ from typing import Any
 
 import torch
 
-from mnemo.session.generators import generators_of_dataset, get_states, set_states
-from mnemo.session.loader import ReplaySampler, draws_in_workers, fast_forward, make_replayable
+from mnemo.session.generators import get_states, set_states
+from mnemo.session.loader import (
+    ELSEWHERE,
+    ReplaySampler,
+    draws_in_workers,
+    fast_forward,
+    kept_generators,
+    locate,
+    make_replayable,
+)
 from mnemo.snapshot.rng import capture_rng, restore_rng
 
 _IN_WORKERS = (
@@ -37,8 +45,10 @@ class LoaderPosition:
         self._loader = loader
         self._seed = torch.initial_seed() % 2**63 if seed_samples else None
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-        self._generators = generators_of_dataset(loader)
         self._replay: ReplaySampler | None = None
+        self._generators: list[Any] = []
+        self._iterator: Any = None
+        self._sure = True
         self._begun: dict[str, Any] = {}
         self._saved: dict[str, Any] | None = None
         self._on_event: Callable[[str, str], None] | None = None
@@ -56,13 +66,18 @@ class LoaderPosition:
             self._seed = saved["seed"]
         if not self._stateful:
             self._replay = make_replayable(self._loader, seed=self._seed)
+        self._generators = kept_generators(self._loader, self._replay)
+        self._sure = saved is None or saved["place"]["sure"]
 
     @property
     def note(self) -> str:
         """What is not, or may not be, exact when it is gone on from here; empty if all is."""
         if self._replay is None and not self._stateful:
             return _READ_AGAIN
-        return _IN_WORKERS if draws_in_workers(self._loader) and self._seed is None else ""
+        notes = [] if self._sure else [ELSEWHERE]
+        if draws_in_workers(self._loader) and self._seed is None:
+            notes.append(_IN_WORKERS)
+        return "; ".join(notes)
 
     def state(self) -> dict[str, Any]:
         """The position behind the batches drawn so far."""
@@ -70,7 +85,7 @@ class LoaderPosition:
             "seed": self._seed,
             "batch": self.batch,
             "begun": self._begun,
-            "replay": None if self._replay is None else self._replay.state(self.batch),
+            "place": locate(self._loader, self._replay, self._iterator, self.batch),
             "loader": self._loader.state_dict() if self._stateful else None,
             "generators": get_states(self._generators),
         }
@@ -84,7 +99,7 @@ class LoaderPosition:
         """
         saved, self._saved = self._saved, None
         self._tell_epoch(epoch)
-        iterator = self._begin() if saved is None else self._go_on(saved)
+        iterator = self._iterator = self._begin() if saved is None else self._go_on(saved)
         self.batch = 0 if saved is None else saved["batch"]
         if saved is not None:
             set_states(self._generators, saved["generators"])
@@ -104,9 +119,11 @@ class LoaderPosition:
         return iter(self._loader)
 
     def _go_on(self, saved: dict[str, Any]) -> Iterator[Any]:
-        if self._replay is not None and saved["replay"] is not None:
-            self._replay.resume(saved["replay"])
-            return iter(self._loader)
+        if self._replay is not None and "passes" in saved["place"]:
+            self._replay.resume(saved["place"])
+            replayed: Iterator[Any] = iter(self._loader)
+            self._replay.bind(replayed)
+            return replayed
         if self._stateful and saved["loader"] is not None:
             self._loader.load_state_dict(saved["loader"])
             return iter(self._loader)
