@@ -35,6 +35,7 @@ def told(**changes: Any) -> dict[str, Any]:
             {"slot": 1, "tick": 82, "step": 41, "epoch": 1, "batch": 8, "time": NOW - 0.7},
         ],
         "persist": {"to": "/ckpt", "newest_step": 30, "every_s": 600.0, "failure": ""},
+        "protect": None,
         "segments": [
             {"rank": 0, "index": 0, "state": "SEALED", "tick": 82, "step": 41, "bytes": 9},
             {"rank": 0, "index": 1, "state": "SEALED", "tick": 80, "step": 40, "bytes": 9},
@@ -150,6 +151,19 @@ def test_what_is_wrong_is_shown() -> None:
         "2 could not be stored",
     ):
         assert said in text
+
+
+def test_what_other_nodes_keep_is_shown() -> None:
+    protect = {"group": list("abcd"), "parities": 2, "step": 38, "failure": ""}
+    assert described(told(protect=protect))["fits"][0]["protect"]["newest_step"] == 38
+    text = "\n".join(shown(described(told(protect=protect))))
+    assert "protected          step 38, over 4 nodes, of which 2 may be lost" in text
+    text = "\n".join(
+        shown(described(told(protect={**protect, "step": -1, "failure": "node b went away"})))
+    )
+    assert "protected          nothing yet" in text
+    assert "node b went away" in text
+    assert "protected" not in "\n".join(shown(described(told())))
 
 
 def test_several_fits_are_told_apart() -> None:

@@ -79,7 +79,7 @@ def _state(fits: list[dict[str, Any]]) -> str:
 
 
 def _describe_fit(fit: dict[str, Any], now: float) -> dict[str, Any]:
-    newest, persist = fit["committed"], fit["persist"]
+    newest, persist, protect = fit["committed"], fit["persist"], fit["protect"]
     stored = persist["newest_step"] if persist and persist["newest_step"] >= 0 else None
     reached = max((p["step"] for p in fit["progress"]), default=0)
     safe = max(newest["step"] if newest else 0, stored or 0)
@@ -103,6 +103,13 @@ def _describe_fit(fit: dict[str, Any], now: float) -> dict[str, Any]:
             "newest_step": stored,
             "every_s": persist["every_s"],
             "failure": persist["failure"],
+        },
+        "protect": protect
+        and {
+            "nodes": len(protect["group"]),
+            "parities": protect["parities"],
+            "newest_step": protect["step"] if protect["step"] >= 0 else None,
+            "failure": protect["failure"],
         },
     }
 
@@ -185,6 +192,15 @@ def _fit_facts(run: dict[str, Any], fit: dict[str, Any]) -> Table:
         "newest snapshot",
         f"step {newest['step']}, {words.span(newest['age_s'])} old" if newest else "none yet",
     )
+    if protect := fit["protect"]:
+        kept = protect["newest_step"]
+        step = "nothing yet" if kept is None else f"step {kept}"
+        facts.add_row(
+            "protected",
+            f"{step}, over {protect['nodes']} nodes, of which {protect['parities']} may be lost",
+        )
+        if protect["failure"]:
+            facts.add_row("", Text(protect["failure"], "red"))
     if persist:
         stored = persist["newest_step"]
         step = "nothing of this process yet" if stored is None else f"step {stored}"

@@ -15,11 +15,13 @@ from typing import Any
 
 from mnemo.clock import Clock
 from mnemo.errors import IdentityError, IntegrityError, ProtocolError, RunInUseError, SmpError
+from mnemo.protect import Neighbours
 from mnemo.smp import messages as m
 from mnemo.smp import segment
 from mnemo.smp.board import Board
 from mnemo.smp.buffers import Buffers, require_room
 from mnemo.smp.persist import Persister
+from mnemo.smp.protection import Protection, Segments
 from mnemo.smp.replicas import differing_replica
 from mnemo.smp.shelf import Shelf, Slot
 from mnemo.types import GenerationState
@@ -56,6 +58,7 @@ class Fit:
         self.board = board
         self.seats: dict[int, Seat] = {}
         self.persister: Persister | None = None
+        self._protection: Protection | None = None
         self._run_id = run_id
         self._counts = counts
         self._clock = clock
@@ -154,13 +157,24 @@ class Fit:
             self._over.add(seat.rank)
         self.vacate(seat)
         if self.is_over:
-            self.release()
+            await self.release()
         return m.Done(), []
 
-    def give_up(self) -> None:
+    async def give_up(self) -> None:
         """Nobody wants anything of it any more."""
         self._over.update(self.shelf.ranks)
-        self.release()
+        await self.release()
+
+    async def protect(
+        self, settings: m.ProtectSettings, neighbours: Neighbours, *, empty: bool
+    ) -> None:
+        """Share generations with other nodes; if this one is ``empty``, bring back what it lost."""
+        if self._protection is None:
+            segments = Segments(self.shelf, self._buffers, self.wake)
+            self._protection = Protection(
+                self.number, settings, neighbours, segments, empty=empty and self.newest is None
+            )
+        await self._protection.ready()
 
     # --- generations --------------------------------------------------------------------------
 
@@ -241,6 +255,8 @@ class Fit:
         self._checked = min(self._checked, tick)
         if self.persister is not None:
             self.persister.forget_after(tick)
+        if self._protection is not None:
+            self._protection.forget_after(tick)
 
     def _void(self, rank: int, index: int) -> None:
         """Forget what a segment holds, for good: no later SMP that is handed it revives it."""
@@ -299,6 +315,8 @@ class Fit:
                 task = asyncio.get_running_loop().create_task(self._persist(self.persister))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+        if self._protection is not None:
+            self._protection.changed()
         self.wake()
 
     def wake(self) -> None:
@@ -372,8 +390,11 @@ class Fit:
         """Bytes that the snapshots take."""
         return sum(s.size for shelf in self.shelf.ranks.values() for s in shelf.slots.values())
 
-    def release(self) -> None:
+    async def release(self) -> None:
         """Give all memory back."""
+        if self._protection is not None:
+            await self._protection.close()
+            self._protection = None
         for rank, shelf in self.shelf.ranks.items():
             self._release(rank, list(shelf.slots))
         self.board.close()
@@ -385,7 +406,7 @@ class Fit:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.release()
+        await self.release()
 
     def status(self) -> dict[str, Any]:
         """This training's part of `mnemo.smp.server.Server.status`."""
@@ -401,6 +422,7 @@ class Fit:
             "memory": self._memory,
             "progress": [] if self.is_over else self.board.positions(),
             "persist": self.persister and self.persister.status(),
+            "protect": self._protection and self._protection.status(),
             "segments": [
                 {
                     "rank": rank,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from mnemo.errors import SmpError
-from mnemo.smp.client import SmpClient
+from mnemo.smp.client import REPLY_TIMEOUT_S, SmpClient
 from mnemo.smp.paths import RunPaths
 from mnemo.transport import auth
 from mnemo.transport.local import ConnectionLostError
@@ -39,7 +39,7 @@ def ensure(paths: RunPaths) -> SmpClient:
             paths.make()
             secret = auth.load_or_create_secret(paths.secret)
             try:
-                return SmpClient.connect(paths, secret)
+                return SmpClient.connect(paths, secret, START_TIMEOUT_S)
             except ConnectionLostError as error:
                 if time.monotonic() > deadline:
                     raise SmpError(f"{error}. Its log says: {_tail(paths)}") from error
@@ -54,12 +54,12 @@ def ensure(paths: RunPaths) -> SmpClient:
         time.sleep(_LOOK_S)  # it shows itself by a file: nothing to wait on
 
 
-def find(paths: RunPaths) -> SmpClient | None:
-    """A connection to the run's SMP if one lives."""
+def find(paths: RunPaths, timeout_s: float = REPLY_TIMEOUT_S) -> SmpClient | None:
+    """A connection to the run's SMP if one lives, and answers within ``timeout_s`` seconds."""
     if paths.read_record() is None:
         return None
     try:
-        return SmpClient.connect(paths, auth.load_or_create_secret(paths.secret))
+        return SmpClient.connect(paths, auth.load_or_create_secret(paths.secret), timeout_s)
     except (SmpError, FileNotFoundError):
         return None
 

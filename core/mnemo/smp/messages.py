@@ -62,6 +62,19 @@ class PersistSettings(msgspec.Struct, frozen=True, omit_defaults=True):
     keep: Count
 
 
+class ProtectSettings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Protection over several nodes: who this node is, its group, and where the others are."""
+
+    node: str
+    group: tuple[str, ...]
+    """Names of all nodes of the group, in an order that is the same everywhere."""
+    parities: Annotated[int, msgspec.Meta(ge=1, le=255)]
+    addresses: dict[str, tuple[str, int]]
+    """Host and port of each node, as far as they are known."""
+    interface: str = ""
+    ports: str = ""
+
+
 class Join(Message, frozen=True):
     """A trainer takes its place. ``fit`` counts the trainings of one process, from 0.
 
@@ -75,6 +88,7 @@ class Join(Message, frozen=True):
     """Ranks on this node."""
     keep_alive_s: Seconds
     persist: PersistSettings | None = None
+    protect: ProtectSettings | None = None
 
 
 class Joined(Message, frozen=True):

@@ -20,10 +20,12 @@ import msgspec
 
 from mnemo.clock import Clock, SystemClock
 from mnemo.errors import MnemoError, ProtocolError, RunInUseError
+from mnemo.protect import Neighbours
 from mnemo.smp import messages as m
 from mnemo.smp.board import Board
 from mnemo.smp.fits import Answer, Fit, Seat
 from mnemo.smp.paths import RunPaths
+from mnemo.smp.protection import neighbours_of
 from mnemo.smp.shelf import Slot
 from mnemo.transport import auth, local
 
@@ -82,6 +84,7 @@ class Server:
         self._secret = secret
         self._clock = clock or SystemClock()
         self._fits: dict[int, Fit] = {}
+        self._neighbours: Neighbours | None = None
         self._clients: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -115,6 +118,8 @@ class Server:
             await asyncio.gather(acceptor, *self._tasks, return_exceptions=True)
             for fit in self._fits.values():
                 await fit.close()
+            if self._neighbours is not None:
+                await self._neighbours.close()
 
     def stop(self) -> None:
         """End `run` soon."""
@@ -281,6 +286,11 @@ class Server:
         client.seat = fit.sit(request, client.channel.pid)
         client.joined = True
         self._keep_alive_s = request.keep_alive_s
+        if request.protect is not None:
+            if self._neighbours is None:
+                self._neighbours = neighbours_of(request.protect, self.paths.run_id, self._secret)
+            # One that hands over its board will hand over its segments: nothing is lost.
+            await fit.protect(request.protect, self._neighbours, empty=not fds)
         return m.Joined(fit.newest), [fit.board.fd]
 
     async def _over(self, client: Connection) -> None:
@@ -288,7 +298,7 @@ class Server:
         if client.seat is None:
             for fit in self._fits.values():
                 if fit.is_finished:
-                    fit.give_up()
+                    await fit.give_up()
         elif not any(other.attends for other in self._clients):
             await client.seat.fit.leave(client.seat, m.Leave(finished=True))
 

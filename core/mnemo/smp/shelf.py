@@ -61,13 +61,15 @@ class Shelf:
 
     def committed(self, below: int | None = None) -> tuple[int, int] | None:
         """``(tick, step)`` of the newest generation sealed by every member, or None."""
+        found = [one for one in self.all_committed().items() if below is None or one[0] < below]
+        return max(found, default=None)
+
+    def all_committed(self) -> dict[int, int]:
+        """Tick to step of all generations sealed by every member."""
         if len(self.ranks) < self.members:
-            return None
-        common: set[tuple[int, int]] | None = None
-        for shelf in self.ranks.values():
-            own = {(s.tick, s.step) for _, s in shelf.sealed() if below is None or s.tick < below}
-            common = own if common is None else common & own
-        return max(common) if common else None
+            return {}
+        sealed = [{(s.tick, s.step) for _, s in shelf.sealed()} for shelf in self.ranks.values()]
+        return dict(set.intersection(*sealed))
 
     def _abandoned(self, tick: int) -> bool:
         """Whether some member has gone past ``tick`` without sealing it: it can never commit."""

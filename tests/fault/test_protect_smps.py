@@ -1,0 +1,179 @@
+"""Snapshot processes as a group: what their ranks commit is protected, and survives their loss."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+import smp_lab as lab
+
+from mnemo.smp import lifecycle
+from mnemo.smp import messages as m
+from mnemo.smp.paths import RunPaths
+from mnemo.transport import auth
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PATIENCE_S = 30.0
+RANKS = 2
+
+
+class Smp:
+    """One node: its snapshot process and the ranks that it serves."""
+
+    def __init__(self, directory: Path, settings: m.ProtectSettings) -> None:
+        self.paths = RunPaths.of("lab", str(directory / settings.node))
+        self._settings = settings
+        self.ranks: list[lab.Rank] = []
+
+    def join(self) -> None:
+        """Have all ranks take their places, one after the other."""
+        for number in range(RANKS):
+            client = lifecycle.ensure(self.paths)
+            rank = lab.Rank(client, number)
+            self.ranks.append(rank)
+            request = m.Join(0, number, RANKS, 60.0, None, self._settings)
+            _, fds = client.ask(request, m.Joined, timeout_s=PATIENCE_S)
+            os.close(fds[0])
+
+    def write(self, tick: int, size: int = lab.SIZE) -> None:
+        for rank in self.ranks:
+            rank.write(tick, size)
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.ranks[0].fit()["protect"]
+        return found
+
+    def hang_up(self) -> None:
+        for rank in self.ranks:
+            rank.close()
+        self.ranks = []
+
+    def kill(self) -> None:
+        """The node is lost: its ranks, its snapshot process, its memory."""
+        pid = self.ranks[0].client.pid
+        os.kill(pid, signal.SIGKILL)
+        self.hang_up()
+        lab.wait_for_exit(pid)
+        self.paths.remove()
+
+
+@pytest.fixture
+def secret_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auth.load_or_create_secret(tmp_path / "secret")
+    monkeypatch.setenv("MNEMO_SECRET_FILE", str(tmp_path / "secret"))
+
+
+@contextlib.contextmanager
+def group_of(number: int, parities: int, directory: Path) -> Iterator[list[Smp]]:
+    names = tuple(f"node{i}" for i in range(number))
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        addresses = dict(zip(names, (sock.getsockname() for sock in sockets), strict=True))
+    smps = [
+        Smp(
+            directory,
+            m.ProtectSettings(
+                name, names, parities, addresses, "127.0.0.1", str(addresses[name][1])
+            ),
+        )
+        for name in names
+    ]
+    try:
+        yield smps
+    finally:
+        for smp in smps:
+            smp.hang_up()
+            lab.end(smp.paths)
+
+
+def all_protect(smps: list[Smp], step: int) -> None:
+    """Wait until a step is protected."""
+    deadline = time.monotonic() + PATIENCE_S
+    while {smp.status()["step"] for smp in smps} != {step}:
+        assert time.monotonic() < deadline, [smp.status() for smp in smps]
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("secret_file")
+@pytest.mark.parametrize(("number", "parities"), [(4, 1), (4, 2)])
+def test_lost_nodes_come_back_with_what_their_ranks_had_committed(
+    number: int, parities: int, tmp_path: Path, seed: int
+) -> None:
+    with group_of(number, parities, tmp_path) as smps:
+        for smp in smps:
+            smp.join()
+        for tick in (1, 2, 3):
+            for smp in smps:
+                smp.write(tick)
+            all_protect(smps, 10 * tick)
+        assert {len(smp.ranks[0].fit()["segments"]) for smp in smps} <= {4, 6}
+
+        lost = random.Random(seed).sample(smps, parities)
+        for smp in lost:
+            smp.kill()
+        for smp in lost:
+            smp.join()
+        for smp in lost:
+            for rank in smp.ranks:
+                assert rank.newest() == (3, {i: lab.content(i, 3) for i in range(RANKS)})
+            assert smp.status()["step"] == 30
+
+        for tick in (4, 5, 6):  # all is as before
+            for smp in smps:
+                smp.write(tick)
+            all_protect(smps, 10 * tick)
+
+
+@pytest.mark.usefixtures("secret_file")
+def test_training_that_went_back_is_protected_anew(tmp_path: Path) -> None:
+    with group_of(3, 1, tmp_path) as smps:
+        for smp in smps:
+            smp.join()
+        for tick in (1, 2):
+            for smp in smps:
+                smp.write(tick)
+            all_protect(smps, 10 * tick)
+        for smp in smps:
+            for rank in smp.ranks:
+                rank.client.tell(m.Resume(1))
+        all_protect(smps, 10)
+        for smp in smps:
+            smp.write(2)
+        all_protect(smps, 20)
+
+
+@pytest.mark.usefixtures("secret_file")
+def test_a_training_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
+    with group_of(3, 1, tmp_path) as smps:
+        for smp in smps:
+            smp.join()
+            smp.write(1)
+        all_protect(smps, 10)
+        pids = [smp.ranks[0].client.pid for smp in smps]
+        for smp in smps:
+            for rank in smp.ranks:
+                rank.client.tell(m.Leave(finished=True))
+            smp.hang_up()
+        for pid in pids:
+            lab.wait_for_exit(pid)
+
+
+def test_without_settings_nothing_listens() -> None:
+    with lab.run_directory() as paths:
+        rank = lab.Rank.join(paths)
+        rank.write(1)
+        assert rank.fit()["protect"] is None
+        assert psutil.Process(rank.client.pid).net_connections("inet") == []
+        rank.close()
