@@ -21,7 +21,7 @@ def test_sigterm_loses_no_step(lab: Lab, tmp_path: Path, phase: str) -> None:
     faults = Declaration(kill_at(f"{phase}:4", kind="sigterm"), str(tmp_path / "fired"))
     life = lab.life("plain", out, run_id="run", faults=faults, settings=EVERY_1000)
     assert life.codes == [EXIT_STATE_SAVED], life.said
-    assert "is saved (kept in memory for 3600 s); exit code 75 asks to be started" in life.said
+    assert "is saved (kept in memory for 60 min); exit code 75 asks to be started" in life.said
     life = lab.life("plain", out, run_id="run", faults=faults, settings=EVERY_1000)
     assert life.codes == [0], life.said
     assert "0 steps lost" in life.said

@@ -158,7 +158,7 @@ print("life", life)
     ended = launch("--nproc-per-node=2", name, cwd=tmp_path)
     assert ended.code == 0, ended.err
     assert sorted(ended.out.splitlines()) == ["[rank 0] life 1", "[rank 1] life 1"]
-    line = "rank 1 exited with code 1 (ValueError: bad batch) → all 2 ranks restart from memory"
+    line = "rank 1 exited with code 1 (ValueError: bad batch) → all 2 ranks restart"
     assert ended.err.count(f"{line} (1 of 3 restarts)") == 1
     (failure,) = ended.records("failure")
     first, second = ended.records("launch")

@@ -334,7 +334,7 @@ class Agent:
         options = self._options
         many = f"all {options.ranks} ranks restart" if options.ranks > 1 else "it restarts"
         limit = _count(options.max_restarts, "restart")
-        then = f"{many} from memory ({self._policy.recent} of {limit})"
+        then = f"{many} ({self._policy.recent} of {limit})"
         if self._stopped_by is not None:
             then = "ending"
         elif decision == "refused":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mnemo.errors import MnemoError
 from mnemo.launcher.agent import Hooks
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from mnemo.smp.paths import RunPaths
 
 
+_PATIENCE_S: Final = 5.0
+"""How long a snapshot process may take to answer what the agent can do without."""
+
+
 def smp_hooks(paths: RunPaths) -> Hooks:
     """The agent's hooks, answered by the SMP of the run at ``paths``."""
     attending: list[SmpClient] = []
@@ -25,6 +30,7 @@ def smp_hooks(paths: RunPaths) -> Hooks:
     def ensure() -> None:
         nonlocal started
         started = time.time()
+        _say_if_silent(paths)
         client = lifecycle.ensure(paths)
         client.tell(m.Attend())
         while attending:
@@ -60,9 +66,24 @@ def smp_hooks(paths: RunPaths) -> Hooks:
     return Hooks(ensure, position, lambda: bool(unfinished()), ended)
 
 
+def _say_if_silent(paths: RunPaths) -> None:
+    """Tell why a start may take long: one that is stopped or stuck is waited for, up to a limit."""
+    begun = time.monotonic()
+    client = lifecycle.find(paths, _PATIENCE_S)
+    if client is not None:
+        client.close()
+    elif time.monotonic() - begun >= _PATIENCE_S:
+        print(
+            f"mnemo: the snapshot process of run {paths.run_id} does not answer; it is waited for, "
+            f"{lifecycle.START_TIMEOUT_S:.0f} s at most",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def _shut_down(paths: RunPaths) -> None:
     with contextlib.suppress(MnemoError):
-        client = lifecycle.find(paths)
+        client = lifecycle.find(paths, _PATIENCE_S)
         if client is not None:
             with client:
                 client.tell(m.Shutdown())
@@ -75,7 +96,7 @@ def _fits(paths: RunPaths, *, over: bool = False) -> list[dict[str, Any]]:
     ``over``: the program ended well, so those that finished are given back first.
     """
     try:
-        client = lifecycle.find(paths)
+        client = lifecycle.find(paths, _PATIENCE_S)
         if client is None:
             return []
         with client:

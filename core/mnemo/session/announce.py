@@ -20,7 +20,8 @@ class Resumed:
 
     origin: str
     step: int
-    steps_lost: int
+    steps_lost: int | None
+    """None where nobody is left who knows how far the run had come."""
     exact: bool
     note: str
 
@@ -34,11 +35,13 @@ class Start:
     fit: int
     world_size: int
 
-    def fresh(self, journal: Journal) -> None:
-        """Nothing is resumed, and why."""
+    def fresh(self, journal: Journal, *, damaged: int = 0) -> None:
+        """Nothing is resumed, and why; ``damaged`` snapshots were there but could not be used."""
         why = "a new id at each launch" if not self.identity.stable else "no earlier snapshot"
         if failure := _last_failure(journal):
             why = f"rank {failure.get('rank')} {failure.get('cause')}, and no snapshot is left"
+        if damaged:
+            why = f"{report.count(damaged, 'snapshot')} found, none of which can be used"
         if self.config.run.resume is Resume.never:
             why = "run.resume is never"
         ranks = report.count(self.world_size, "rank")
@@ -62,7 +65,7 @@ class Start:
         extra = f" ({resumed.note})" if resumed.note else ""
         report.say(
             f"run {self.identity.run_id} · {cause} → resumed from {resumed.origin} at step "
-            f"{resumed.step}, {report.count(resumed.steps_lost, 'step')} lost, "
+            f"{resumed.step}, {_lost(resumed.steps_lost)} lost, "
             f"{report.seconds(took)}, {exactness}{extra}"
         )
         record = {**asdict(resumed), "seconds": took, **self._fields()}
@@ -80,12 +83,17 @@ class Start:
         return f"snapshots within {self.config.snapshot.overhead * 100:.3g}% of step time"
 
 
+def _lost(steps: int | None) -> str:
+    return "an unknown number of steps" if steps is None else report.count(steps, "step")
+
+
 def _last_failure(journal: Journal) -> dict[str, Any] | None:
     """The newest failure in the journal that no start has followed."""
     with contextlib.suppress(MnemoError, OSError):
         for record in reversed(read(journal.path)):
             if record.get("event") == "failure":
                 return dict(record)
-            if record.get("event") in ("start", "recovery", "end"):
+            # Ranks that survived it may have written their end behind it.
+            if record.get("event") in ("start", "recovery"):
                 return None
     return None

@@ -97,6 +97,11 @@ class Finder:
             found.state["base"],
         )
 
+    @property
+    def damaged(self) -> int:
+        """Snapshots in memory that were found and could not be used."""
+        return self._memory.damaged
+
     def newest_stored(self) -> int:
         """Newest tick of any checkpoint of the run, whoever can read it."""
         stored = self._storage.newest_tick() if self._storage is not None else NOTHING

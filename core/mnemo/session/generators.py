@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+KINDS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _SAMPLER_PARTS: Final = ("sampler", "batch_sampler")
 _DATASET_PARTS: Final = ("wrapped_dataset", "dataset", "datasets")
 _DEPTH: Final = 8
@@ -55,8 +56,7 @@ def _search(part: Any, names: tuple[str, ...], depth: int) -> Iterator[Any]:
 
 def unique(found: Iterable[Any]) -> list[Any]:
     """The generators among ``found``, each once."""
-    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    return list({id(g): g for g in found if isinstance(g, kinds)}.values())
+    return list({id(g): g for g in found if isinstance(g, KINDS)}.values())
 
 
 def _get(generator: Any) -> Any:

@@ -173,9 +173,9 @@ class Keeper:
             return
         start = announce.Start(self.config, self.identity, self.fit, self.place.world_size)
         if restored is None:
-            start.fresh(self.journal)
+            start.fresh(self.journal, damaged=self._finder.damaged)
         else:
-            lost = max(0, self._reached - restored.step)
+            lost = max(0, self._reached - restored.step) if self._reached else None
             if self._changes:
                 exact, changed = False, f"changed: {', '.join(self._changes)}"
                 note = f"{changed}; {note}" if note else changed

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
+
+_MINUTES_FROM: Final = 600
+_HOURS_FROM: Final = 2 * 3600
 
 
 def say(text: str) -> None:
@@ -20,7 +24,9 @@ def size(number: float) -> str:
 
 def seconds(value: float) -> str:
     """A duration in words."""
-    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+    if value < _MINUTES_FROM:
+        return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < _HOURS_FROM else f"{value / 3600:.1f} h"
 
 
 def count(number: int, thing: str) -> str:

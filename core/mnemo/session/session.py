@@ -244,8 +244,9 @@ class Session:
         except (KeyError, ValueError, TypeError) as error:
             raise ModelChangedError(
                 f"the snapshot's optimizer state does not fit {type(self._optimizer).__name__} "
-                f"({error!r}): use the optimizer that the run was begun with, another run.id, or "
-                "run.resume=never to give the old state up"
+                f"({error!r}): use the optimizer that the run was begun with (groups that were "
+                "added later: before batches()), another run.id, or run.resume=never to give the "
+                "old state up"
             ) from error
         if self._scheduler is not None and "scheduler" in state:
             self._scheduler.load_state_dict(state["scheduler"])

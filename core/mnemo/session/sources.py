@@ -65,6 +65,8 @@ class MemorySource:
 
     def __init__(self, link: Link, rank: int, secret: bytes) -> None:
         self._link, self._rank, self._secret = link, rank, secret
+        self.damaged = 0
+        """Generations that could not be used."""
 
     def newest(self, below: int | None, newer_than: int) -> Candidate | None:
         """See `StateSource`."""
@@ -83,6 +85,7 @@ class MemorySource:
             except IntegrityError as error:
                 log.warning("the snapshot of step %d is not used: %s", generation.step, error)
                 below = generation.tick
+                self.damaged += 1
             finally:
                 close_all(fds)
 

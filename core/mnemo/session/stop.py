@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from mnemo.session.keeper import Keeper
-from mnemo.session.report import say
+from mnemo.session.report import say, seconds
 from mnemo.types import EXIT_STATE_LOST, EXIT_STATE_SAVED
 
 
@@ -60,7 +60,7 @@ def _what_is_saved(keeper: Keeper, step: int, kept: int | None, stored: int | No
     where = (
         f"persisted up to step {stored}"
         if stored is not None
-        else f"kept in memory for {keeper.config.snapshot.keep_alive:.0f} s"
+        else f"kept in memory for {seconds(keeper.config.snapshot.keep_alive)}"
     )
     what = f"step {step} is saved"
     if saved < step:
