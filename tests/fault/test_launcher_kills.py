@@ -13,6 +13,7 @@ import pytest
 from launching import TIMEOUT_S, all_records, finish, launch, started
 
 from mnemo.faults import Declaration, Fault, Hook
+from mnemo.smp.paths import RunPaths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -205,3 +206,31 @@ assert os.read(read_end, 5) == b"ready"
 """)
     ended = launch("train.py", cwd=tmp_path)
     assert (ended.code, ended.out) == (0, "uploaded\n"), ended.err
+
+
+def test_a_stopped_snapshot_process_is_waited_for_with_a_line(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("""
+import os, signal
+print("life", os.environ["TORCHELASTIC_RESTART_COUNT"], os.getpid(), flush=True)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    signal.pause()
+""")
+    with started("run.id=stuck", "train.py", cwd=tmp_path) as process:
+        assert process.stdout is not None
+        rank = int(process.stdout.readline().split()[-1])
+        record = RunPaths.of("stuck", os.environ["MNEMO_RUN__DIR"]).read_record()
+        assert record is not None
+        os.kill(record.pid, signal.SIGSTOP)
+        try:
+            os.kill(rank, signal.SIGKILL)
+            assert process.stderr is not None
+            said = [process.stderr.readline()]
+            while "does not answer" not in said[-1]:
+                assert said[-1], said
+                said.append(process.stderr.readline())
+        finally:
+            os.kill(record.pid, signal.SIGCONT)
+        ended = finish(process)
+    assert ended.code == 0, ended.err
+    assert any("rank 0 killed by SIGKILL" in line for line in said)
+    assert "life 1" in ended.out
