@@ -52,6 +52,24 @@ def test_what_is_lost_comes_back_equal(number: int, parities: int, seed: int) ->
     run(main())
 
 
+def test_one_loss_after_the_other(seed: int) -> None:
+    """What came back is as good as what was there before: it helps to bring back others."""
+
+    async def main() -> None:
+        async with lab.group_of(4, 1) as nodes:
+            for node in nodes:
+                node.commit(1, [100_000, 3], seed)
+            await lab.all_protected(nodes, 1)
+            for position in (1, 2, 3, 0, 1):
+                before = nodes[position].memory.hashes(1)
+                node = await lab.replace(nodes, position)
+                await node.protector.rebuild()
+                node.protector.start()
+                assert node.memory.hashes(1) == before
+
+    run(main())
+
+
 def test_generation_after_generation_in_two_sets_of_memory(seed: int) -> None:
     """Older ones are let go of, in the fit's memory too; sizes may change on the way."""
     chance = random.Random(seed)

@@ -40,7 +40,7 @@ class Shard:
         self.pieces = tuple(pieces)
         self._starts = [0, *accumulate(page_up(piece.size) for piece in pieces)]
         self._fds = [os.dup(fd) for fd in fds]
-        self._first_pages = [os.pread(fd, _PAGE, 0) for fd in fds]
+        self._first_pages = [bytearray(os.pread(fd, _PAGE, 0)) for fd in fds]
 
     @property
     def size(self) -> int:
@@ -56,10 +56,12 @@ class Shard:
             _read(self._fds[number], at + len(kept), part[len(kept) :], self.pieces[number].size)
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Put ``data`` to where `read` will find it, once the shard is made anew."""
+        """Put ``data`` to where `read` will find it."""
         for number, at, start, stop in self._extents(offset, len(data)):
-            left = max(0, self.pieces[number].size - at)
-            _write(self._fds[number], at, data[start:stop][:left])
+            part = data[start:stop][: max(0, self.pieces[number].size - at)]
+            _write(self._fds[number], at, part)
+            if at < _PAGE:
+                self._first_pages[number][at : at + len(part)] = part[: _PAGE - at]
 
     def _extents(self, offset: int, size: int) -> Iterator[tuple[int, int, int, int]]:
         """Segment, offset in it, and from where to where in the caller's bytes that is."""
