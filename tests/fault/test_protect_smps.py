@@ -34,6 +34,7 @@ class Smp:
         self.paths = RunPaths.of("lab", str(directory / settings.node))
         self._settings = settings
         self.ranks: list[lab.Rank] = []
+        self._board = -1
 
     def join(self) -> None:
         """Have all ranks take their places, one after the other."""
@@ -43,7 +44,25 @@ class Smp:
             self.ranks.append(rank)
             request = m.Join(0, number, RANKS, 60.0, None, self._settings)
             _, fds = client.ask(request, m.Joined, timeout_s=PATIENCE_S)
+            if number:
+                os.close(fds[0])
+            else:
+                self._board = fds[0]
+
+    def replace_process(self) -> None:
+        """The snapshot process dies alone; the ranks hand what they hold to another."""
+        pid = self.ranks[0].client.pid
+        os.kill(pid, signal.SIGKILL)
+        for rank in self.ranks:
+            rank.client.close()
+        lab.wait_for_exit(pid)
+        for rank in self.ranks:
+            rank.client = lifecycle.ensure(self.paths)
+            request = m.Join(0, rank.rank, RANKS, 60.0, None, self._settings)
+            _, fds = rank.client.ask(request, m.Joined, [self._board], timeout_s=PATIENCE_S)
             os.close(fds[0])
+            adopt = m.Adopt(tuple(rank.held))
+            rank.client.ask(adopt, m.Done, list(rank.held.values()))
 
     def write(self, tick: int, size: int = lab.SIZE) -> None:
         for rank in self.ranks:
@@ -56,6 +75,8 @@ class Smp:
     def hang_up(self) -> None:
         for rank in self.ranks:
             rank.close()
+        if self.ranks:
+            os.close(self._board)
         self.ranks = []
 
     def kill(self) -> None:
@@ -152,6 +173,26 @@ def test_training_that_went_back_is_protected_anew(tmp_path: Path) -> None:
         for smp in smps:
             smp.write(2)
         all_protect(smps, 20)
+
+
+@pytest.mark.usefixtures("secret_file")
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_snapshot_process_that_dies_alone_takes_part_again(position: int, tmp_path: Path) -> None:
+    """Its segments come back from its ranks, so nothing is rebuilt; its parities are made anew."""
+    with group_of(3, 1, tmp_path) as smps:
+        for smp in smps:
+            smp.join()
+            smp.write(1)
+        all_protect(smps, 10)
+        smps[position].replace_process()
+        assert smps[position].status()["to_rebuild"] == 0
+        for tick in (2, 3):
+            for smp in smps:
+                smp.write(tick)
+            all_protect(smps, 10 * tick)
+        smps[1].kill()
+        smps[1].join()
+        assert smps[1].ranks[0].newest() == (3, {i: lab.content(i, 3) for i in range(RANKS)})
 
 
 @pytest.mark.usefixtures("secret_file")
