@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_mnemo import loops
-from lightning_mnemo.attributes import AttributeWatch
 from lightning_mnemo.checkpoint import list_checkpoint
 from lightning_mnemo.checks import writes_early
 from lightning_mnemo.extras import Extras
@@ -19,6 +18,7 @@ from lightning_mnemo.resume import Resume
 from mnemo import faults
 from mnemo.session.keeper import Keeper
 from mnemo.session.stop import leave
+from mnemo.session.unsaved import modules_of
 from mnemo.smp.board import Position
 
 
@@ -33,7 +33,6 @@ class Boundaries:
         trainer: pl.Trainer,
         keeper: Keeper,
         resume: Resume,
-        attributes: AttributeWatch,
     ) -> None:
         """Training begins: everything is restored but the loops' position.
 
@@ -41,14 +40,12 @@ class Boundaries:
             trainer: Whose fit it is.
             keeper: Takes the snapshots.
             resume: Asked to go on when the first epoch begins.
-            attributes: Looks at the module now and then.
         """
         self._trainer = trainer
         self._keeper = keeper
         self._resume = resume
         self._data = resume.data
         self._outputs = resume.outputs
-        self._attributes = attributes
         self._extras = Extras(trainer)
         self._extras.watch_optimizers(keeper)
         self._number = 0
@@ -154,8 +151,7 @@ class Boundaries:
     def _state(self, *, validation_pending: bool) -> dict[str, Any]:
         """Everything that the next batch depends on, by reference."""
         trainer = self._trainer
-        self._attributes.look(trainer.lightning_module)
-        modules = list(trainer.lightning_module.named_modules())
+        modules = modules_of(trainer.lightning_module)
         return {
             "checkpoint": list_checkpoint(trainer),
             "data": self._data.state(),

@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_mnemo.attributes import AttributeWatch
 from lightning_mnemo.boundaries import Boundaries
 from lightning_mnemo.checks import require_supported, what_is_off
 from lightning_mnemo.identity import fingerprints
@@ -50,7 +49,6 @@ class MnemoCallback(pl.Callback):
             ConfigError: A setting is unknown or wrong.
         """
         self._config = load_config(config, **sections)
-        self._attributes = AttributeWatch()
         self._keeper: Keeper | None = None
         self._resume: Resume | None = None
         self._boundaries: Boundaries | None = None
@@ -94,7 +92,7 @@ class MnemoCallback(pl.Callback):
             for line in what_is_off(trainer):
                 say(line)
         resume.outputs.attach()
-        self._boundaries = Boundaries(trainer, keeper, resume, self._attributes)
+        self._boundaries = Boundaries(trainer, keeper, resume)
         self._boundaries.install(hooks)
         self._signals = StopSignals(keeper.request_stop)
         self._signals.install(trainer)

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import Metric
 
+from mnemo.session.attributes import AttributeWatch
 from mnemo.session.keeper import Keeper
+from mnemo.session.unsaved import Modules, Unsaved, modules_of
+
+_LIGHTNINGS = {
+    *vars(pl.LightningModule()),
+    *("_hparams", "_hparams_name", "_hparams_initial", "_log_hyperparams"),
+}
+"""Attributes of a module that are Lightning's own."""
 
 
 class Extras:
-    """Flags of modules and trainer, buffers outside ``state_dict``, waiting gradients."""
+    """Flags of the trainer, gradients that wait, and what modules are besides their state dict."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._module = trainer.lightning_module
-        self._untouched = {
-            name: _identity(b) for name, b in _unsaved_buffers(self._module.named_modules())
-        }
+        self._unsaved = Unsaved(self._module)
+        self._attributes = AttributeWatch(
+            "use on_save_checkpoint", skip=_LIGHTNINGS, kinds=(Metric,)
+        )
+        self._attributes.begin(modules_of(self._module))
+        # Who has one keeps what is needed there, and need not be told of the rest.
+        self._keeps_own = is_overridden("on_save_checkpoint", self._module)
         self._stepped: set[int] = set()
         self._handles: list[Any] = []
 
@@ -67,44 +80,28 @@ class Extras:
 
     # --- state --------------------------------------------------------------------------------
 
-    def state(self, modules: list[tuple[str, torch.nn.Module]]) -> dict[str, Any]:
+    def state(self, modules: Modules) -> dict[str, Any]:
         """Everything, by reference.
 
         Args:
             modules: What ``named_modules`` gives; asking it takes longer than the rest of this.
         """
         return {
-            "modes": {path: child.training for path, child in modules},
-            "frozen": [
-                _join(path, name)
-                for path, child in modules
-                for name, parameter in child._parameters.items()
-                if parameter is not None and not parameter.requires_grad
-            ],
-            "buffers": {
-                name: buffer
-                for name, buffer in _unsaved_buffers(modules)
-                if self._untouched.get(name) != _identity(buffer)
-            },
+            "unsaved": self._unsaved.state(modules),
+            "attributes": self._attributes.look(modules, warn=not self._keeps_own),
             "gradients": self.waiting(),
             "should_stop": self._trainer.should_stop,
             "accumulate": self._trainer.accumulate_grad_batches,
         }
 
-    def restore(self, state: dict[str, Any], optimizer_states: list[dict[str, Any]]) -> None:
-        """The inverse of `state`, when loops and optimizers are where they were."""
-        trainer, module = self._trainer, self._module
-        for name, child in module.named_modules():
-            child.training = state["modes"].get(name, child.training)
-        frozen = set(state["frozen"])
-        for name, parameter in module.named_parameters():
-            if parameter.is_leaf and parameter.requires_grad is (name in frozen):
-                parameter.requires_grad_(name not in frozen)
-        for name, buffer in _unsaved_buffers(module.named_modules()):
-            if name in state["buffers"]:
-                saved = state["buffers"][name].to(buffer.device)
-                path, _, own = name.rpartition(".")
-                module.get_submodule(path)._buffers[own] = saved
+    def restore(self, state: dict[str, Any], optimizer_states: list[dict[str, Any]]) -> str:
+        """The inverse of `state`, when loops and optimizers are where they were.
+
+        Returns:
+            What of the module is not as it was, in words; empty if nothing is.
+        """
+        trainer = self._trainer
+        self._unsaved.restore(state["unsaved"])
         for number, gradients in state["gradients"].items():
             optimizer = trainer.optimizers[number]
             parameters = [p for g in optimizer.param_groups for p in g["params"]]
@@ -113,30 +110,13 @@ class Extras:
         trainer.should_stop = state["should_stop"]
         _resume_weight_averaging(trainer, optimizer_states)
         trainer.accumulate_grad_batches = state["accumulate"]
+        return self._attributes.begin(modules_of(self._module), state["attributes"])
 
     def undo(self) -> None:
         """Remove what was registered."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-def _unsaved_buffers(
-    modules: Iterable[tuple[str, torch.nn.Module]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, child in modules:
-        for name in sorted(child._non_persistent_buffers_set):
-            buffer = child._buffers.get(name)
-            if buffer is not None:
-                yield _join(path, name), buffer
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _identity(tensor: torch.Tensor) -> tuple[int, int]:
-    return id(tensor), tensor._version
 
 
 def _resume_weight_averaging(trainer: pl.Trainer, optimizer_states: list[dict[str, Any]]) -> None:

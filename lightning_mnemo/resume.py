@@ -159,12 +159,12 @@ class Resume:
         data.catch_up(fetcher)
         restore_metrics(trainer, state["metrics"])
         self.outputs.show_epoch()
-        extras.restore(state["extras"], state["checkpoint"]["optimizer_states"])
+        lost = extras.restore(state["extras"], state["checkpoint"]["optimizer_states"])
         self._order_unchecked = True
         restore_rng(restored.rng)
         repeated = "validation is repeated" if state["validation_pending"] else ""
         sums = first_sum_differs(trainer.strategy.model, trainer.world_size)
-        inexact = [note for note in (data.note, sums) if note]
+        inexact = [note for note in (data.note, sums, lost) if note]
         self._keeper.announce(
             restored, exact=not inexact, note="; ".join(filter(None, [repeated, *inexact]))
         )

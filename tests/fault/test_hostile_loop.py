@@ -54,6 +54,7 @@ def results(tmp_path: Path) -> tuple[object, object]:
         "scaled",
         "evaluated",
         "evaluated, wrapped",
+        "unsaved",
     ],
 )
 def test_a_killed_loop_goes_on_as_if_nothing_had_been(
@@ -91,6 +92,16 @@ def test_a_loader_that_is_not_its_sampler_is_never_called_exact(live: Live) -> N
     code, said = live("echoing")
     assert code == 0, said
     assert "not exact (the loader was iterated over elsewhere" in said
+
+
+def test_an_attribute_that_starts_anew_is_never_called_exact(live: Live) -> None:
+    code, said = live("counted", KILL=str(int(signal.SIGKILL)))
+    assert code == -signal.SIGKILL, said
+    assert "mnemo: 2.counted of Sequential change during training" in said
+    code, said = live("counted")
+    assert code == 0, said
+    wanted = "module attribute 2.counted is not kept: make it a buffer, or use objects=…"
+    assert f"not exact ({wanted})" in said
 
 
 def test_changed_data_is_never_called_exact(live: Live, tmp_path: Path) -> None:

@@ -823,6 +823,35 @@ def changing(out):
     return Case(Counts(), loader(), val())
 
 
+def unsaved(out):
+    """What comes back although it is in no state dict."""
+
+    class Unsaved(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(WIDTH), persistent=False)
+            self.net[4].requires_grad_(False)
+
+        def on_fit_start(self):
+            self.random = torch.Generator().manual_seed(4)
+            self.others = np.random.default_rng(5)
+
+        def loss(self, batch):
+            x, y = batch
+            if self.training:
+                self.mean.lerp_(x.mean(0), 0.1)
+                x = x - self.mean + torch.randn(x.shape, generator=self.random)
+                x = x * float(self.others.random())
+            return super().loss((x, y))
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 7:
+                self.net[4].requires_grad_(True)
+                self.net[3].eval()
+
+    return Case(Unsaved(), loader(), val(), {"max_epochs": 3})
+
+
 def wider(out):
     """`plain` with another model."""
     case = plain(out)

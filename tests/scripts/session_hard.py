@@ -105,6 +105,28 @@ def loader_of(kind: str) -> Iterable[torch.Tensor]:
     return DataLoader(OwnGenerator(), batch_size=4, shuffle=True)
 
 
+class Beside(nn.Linear):
+    """Has state that is in no state dict."""
+
+    mean: torch.Tensor
+
+    def __init__(self, inputs: int, outputs: int, kind: str) -> None:
+        super().__init__(inputs, outputs)
+        self.kind = kind
+        self.register_buffer("mean", torch.zeros(inputs), persistent=False)
+        self.random = torch.Generator().manual_seed(6)
+        self.others = random.Random(7)
+        self.counted = 0
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "counted":
+            self.counted += 1
+        self.mean = self.mean.lerp(x.detach().mean(0), 0.1)
+        noise = torch.randn(x.shape, generator=self.random) * self.others.random()
+        return super().forward((x - self.mean + noise) * (1 + self.counted))
+
+
 def replace_snapshot_process(run: mnemo.Session) -> None:
     """Kill it, and wait until another one has taken its place without being asked for anything."""
     keeper = run.keeper
@@ -117,11 +139,26 @@ def replace_snapshot_process(run: mnemo.Session) -> None:
         time.sleep(0.01)
 
 
+def more(kind: str, model: nn.Sequential, loader: Iterable[torch.Tensor], number: int) -> None:
+    """What some bodies do besides."""
+    if kind == "unsaved" and number == 4:
+        model[2].requires_grad_(True)
+        model[1].eval()
+    if kind.startswith("evaluated") and number % 2:
+        # Through the very loader that is trained with, and at times not to its end.
+        for seen, other in enumerate(loader):
+            torch.rand(int(model(other).numel()))
+            if seen == number % 4:
+                break
+
+
 def train(kind: str, *, protected: bool) -> dict[str, Any]:
     torch.manual_seed(5)
     random.seed(5)
     model = nn.Sequential(nn.Linear(4, 96), nn.Dropout(0.1), nn.Linear(96, 96), nn.Linear(96, 1))
     model.register_buffer("sparse", torch.eye(3).to_sparse())
+    if kind in ("unsaved", "counted"):
+        model.insert(2, Beside(96, 96, kind))
     average = torch.optim.swa_utils.AveragedModel(model)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     if kind == "closure":
@@ -168,12 +205,7 @@ def train(kind: str, *, protected: bool) -> dict[str, Any]:
         for p in model.parameters():
             p.data.clamp_(-0.2, 0.2)
         torch.rand(3)
-        if kind.startswith("evaluated") and number % 2:
-            # Through the very loader that is trained with, and at times not to its end.
-            for seen, other in enumerate(loader):
-                torch.rand(int(model(other).numel()))
-                if seen == number % 4:
-                    break
+        more(kind, model, loader, number)
     if kind == "scaled":
         losses[KILL_BEHIND + 1] += scaler.get_scale()
     weights = [p.double().sum().item() for m in (model, average) for p in m.parameters()]

@@ -12,12 +12,14 @@ import torch
 from mnemo.config import load_config
 from mnemo.errors import ModelChangedError
 from mnemo.session import report
+from mnemo.session.attributes import AttributeWatch
 from mnemo.session.exactness import first_sum_differs
 from mnemo.session.identity import data_fingerprint, optimizer_fingerprint, script_fingerprint
 from mnemo.session.keeper import End, Keeper
 from mnemo.session.passes import LoaderPosition
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.stop import leave, on_sigterm
+from mnemo.session.unsaved import Unsaved, modules_of
 from mnemo.smp.board import Position
 from mnemo.snapshot.listing import (
     MODULE_PARTS,
@@ -70,6 +72,8 @@ class Session:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._objects = dict(objects or {})
+        self._unsaved = Unsaved(model)
+        self._attributes = AttributeWatch("use objects=…")
         self._keeper: Keeper | None = None
         self._data: LoaderPosition | None = None
         self._step = 0
@@ -194,12 +198,18 @@ class Session:
             )
             if restored is None:
                 data.prepare(None, keeper.degraded)
+                self._attributes.begin(modules_of(self._model))
                 keeper.announce(None)
                 keeper.reserve(self._expected_size())
             else:
                 self._load(restored.state)
                 data.prepare(restored.state["position"]["data"], keeper.degraded)
-                note = data.note or first_sum_differs(self._model, place.world_size)
+                notes = (
+                    data.note,
+                    first_sum_differs(self._model, place.world_size),
+                    self._attributes.begin(modules_of(self._model), restored.state["attributes"]),
+                )
+                note = "; ".join(filter(None, notes))
                 keeper.announce(restored, exact=not note, note=note)
         except BaseException:
             keeper.close(End.INTERRUPTED)
@@ -222,8 +232,11 @@ class Session:
             leave(keeper, self._step)
 
     def _state(self) -> dict[str, Any]:
+        modules = modules_of(self._model)
         state: dict[str, Any] = {
             "model": module_state(self._model),
+            "unsaved": self._unsaved.state(modules),
+            "attributes": self._attributes.look(modules),
             "optimizer": optimizer_state(self._optimizer),
             "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
             "position": {
@@ -239,6 +252,7 @@ class Session:
 
     def _load(self, state: dict[str, Any]) -> None:
         self._model.load_state_dict(join_module_state(state["model"]))
+        self._unsaved.restore(state["unsaved"])
         try:
             restore_optimizer(self._optimizer, state["optimizer"])
         except (KeyError, ValueError, TypeError) as error:
