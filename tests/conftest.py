@@ -27,7 +27,9 @@ settings.load_profile("repeatable")
 def _warm_up(tmp_path_factory: pytest.TempPathFactory) -> None:
     tmp_path_factory.getbasetemp()  # before any test gets a temporary directory of its own
     leaks.warm_up()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, under nohup too
+    # As in a terminal, also where the tests were started in the background or under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
     gc.freeze()  # what is imported is no garbage: collecting after each test costs little
 
