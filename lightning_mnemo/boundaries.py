@@ -18,7 +18,6 @@ from lightning_mnemo.resume import Resume
 from mnemo import faults
 from mnemo.session.keeper import Keeper
 from mnemo.session.stop import leave
-from mnemo.session.unsaved import modules_of
 from mnemo.smp.board import Position
 
 
@@ -151,7 +150,7 @@ class Boundaries:
     def _state(self, *, validation_pending: bool) -> dict[str, Any]:
         """Everything that the next batch depends on, by reference."""
         trainer = self._trainer
-        modules = modules_of(trainer.lightning_module)
+        modules = list(trainer.lightning_module.named_modules())
         return {
             "checkpoint": list_checkpoint(trainer),
             "data": self._data.state(),

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from mnemo.session.attributes import AttributeWatch
 from mnemo.session.keeper import Keeper
-from mnemo.session.unsaved import Modules, Unsaved, modules_of
+from mnemo.session.unsaved import Modules, Unsaved
 
 _LIGHTNINGS = {
     *vars(pl.LightningModule()),
@@ -32,7 +32,7 @@ class Extras:
         self._attributes = AttributeWatch(
             "use on_save_checkpoint", skip=_LIGHTNINGS, kinds=(Metric,)
         )
-        self._attributes.begin(modules_of(self._module))
+        self._attributes.begin(list(self._module.named_modules()))
         # Who has one keeps what is needed there, and need not be told of the rest.
         self._keeps_own = is_overridden("on_save_checkpoint", self._module)
         self._stepped: set[int] = set()
@@ -110,7 +110,7 @@ class Extras:
         trainer.should_stop = state["should_stop"]
         _resume_weight_averaging(trainer, optimizer_states)
         trainer.accumulate_grad_batches = state["accumulate"]
-        return self._attributes.begin(modules_of(self._module), state["attributes"])
+        return self._attributes.begin(list(self._module.named_modules()), state["attributes"])
 
     def undo(self) -> None:
         """Remove what was registered."""

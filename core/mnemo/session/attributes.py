@@ -136,7 +136,7 @@ class AttributeWatch:
 
     def _attributes(self, modules: Modules) -> Iterator[Attribute]:
         for path, child in modules:
-            if is_torchs(child) or isinstance(child, self._kinds):
+            if is_torchs(type(child)) or isinstance(child, self._kinds):  # type: ignore[arg-type]
                 continue
             own = vars(child)
             for name, value in own.items():

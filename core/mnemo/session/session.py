@@ -19,7 +19,7 @@ from mnemo.session.keeper import End, Keeper
 from mnemo.session.passes import LoaderPosition
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.stop import leave, on_sigterm
-from mnemo.session.unsaved import Unsaved, modules_of
+from mnemo.session.unsaved import Unsaved
 from mnemo.smp.board import Position
 from mnemo.snapshot.listing import (
     MODULE_PARTS,
@@ -198,7 +198,7 @@ class Session:
             )
             if restored is None:
                 data.prepare(None, keeper.degraded)
-                self._attributes.begin(modules_of(self._model))
+                self._attributes.begin(list(self._model.named_modules()))
                 keeper.announce(None)
                 keeper.reserve(self._expected_size())
             else:
@@ -207,7 +207,9 @@ class Session:
                 notes = (
                     data.note,
                     first_sum_differs(self._model, place.world_size),
-                    self._attributes.begin(modules_of(self._model), restored.state["attributes"]),
+                    self._attributes.begin(
+                        list(self._model.named_modules()), restored.state["attributes"]
+                    ),
                 )
                 note = "; ".join(filter(None, notes))
                 keeper.announce(restored, exact=not note, note=note)
@@ -232,7 +234,7 @@ class Session:
             leave(keeper, self._step)
 
     def _state(self) -> dict[str, Any]:
-        modules = modules_of(self._model)
+        modules = list(self._model.named_modules())
         state: dict[str, Any] = {
             "model": module_state(self._model),
             "unsaved": self._unsaved.state(modules),

@@ -1,0 +1,206 @@
+"""What of a module is in no state dict: noticed, compared between lives, put back."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections import deque
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mnemo.session.attributes import AttributeWatch, _digest
+from mnemo.session.unsaved import Unsaved
+
+
+class Thing(nn.Module):
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.register_buffer("mean", torch.zeros(2), persistent=False)
+        self.register_buffer("table", torch.arange(5), persistent=False)
+        self.random = torch.Generator().manual_seed(1)
+        self.others = [np.random.default_rng(2)]
+        self.own = random.Random(3)
+        self.count = 0
+        self.phase = "warm-up"
+        self.seen: list[Any] = []
+        self.cache: torch.Tensor | None = None
+        self.started = os.urandom(4).hex()
+
+
+def modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(module.named_modules())
+
+
+def lost(before: Thing, after: Thing, change: Any, looks: int = 1) -> str:
+    """What a life with ``after`` says that goes on from one in which ``change`` was done."""
+    watch = AttributeWatch("do so")
+    assert watch.begin(modules(before)) == ""
+    saved: dict[str, Any] = {}
+    for _ in range(looks):
+        change(before)
+        saved = watch.look(modules(before), warn=False)
+    return AttributeWatch("do so").begin(modules(after), saved)
+
+
+def counts(thing: Thing) -> None:
+    thing.count += 1
+
+
+def test_nothing_is_lost_where_nothing_changed() -> None:
+    """Not even what each life sets otherwise, such as the time of its start."""
+    assert lost(Thing(), Thing(), lambda thing: None, 5) == ""
+
+
+@pytest.mark.parametrize("looks", [1, 2, 5, 100])
+def test_a_counter_is_lost(looks: int) -> None:
+    assert lost(Thing(), Thing(), counts, looks) == (
+        "module attribute count is not kept: make it a buffer, or do so"
+    )
+
+
+def test_a_counter_that_somebody_restored_is_not() -> None:
+    after = Thing()
+    after.count = 5
+    assert lost(Thing(), after, counts, 5) == ""
+
+
+@pytest.mark.parametrize("at", [1, 3, 7, 50, 64])
+def test_a_number_that_changes_once_is_lost_whenever_it_does(at: int) -> None:
+    calls = iter(range(1, 65))
+
+    def change(thing: Thing) -> None:
+        if next(calls) == at:
+            thing.phase = "training"
+
+    assert "module attribute phase is not kept" in lost(Thing(), Thing(), change, 64)
+
+
+def test_what_is_made_when_it_is_needed_first_is_not_lost() -> None:
+    def change(thing: Thing) -> None:
+        thing.cache = torch.ones(3)
+        thing.late = 4  # type: ignore[assignment]
+
+    assert lost(Thing(), Thing(), change, 5) == ""
+
+
+def test_several_are_named_together() -> None:
+    def change(thing: Thing) -> None:
+        counts(thing)
+        thing.seen.append(thing.count)
+        thing.cache = torch.full((2,), float(thing.count))
+
+    words = lost(Thing(), Thing(), change, 3)
+    assert words == (
+        "module attributes cache, count, seen are not kept: make them buffers, or do so"
+    )
+
+
+def test_what_was_lost_once_is_lost_for_all_later_lives() -> None:
+    first, second = AttributeWatch(""), AttributeWatch("")
+    thing = Thing()
+    first.begin(modules(thing))
+    thing.phase = "training"
+    saved = first.look(modules(thing), warn=False)
+    assert second.begin(modules(Thing()), saved)
+    assert AttributeWatch("").begin(modules(Thing()), second.look(modules(Thing()), warn=False))
+
+
+def test_changing_attributes_are_warned_of_once() -> None:
+    watch, thing = AttributeWatch("do so"), Thing()
+    watch.begin(modules(thing))
+    counts(thing)
+    watch.look(modules(thing))
+    counts(thing)
+    with pytest.warns(UserWarning, match="mnemo: count of Thing change .* or do so"):
+        watch.look(modules(thing))
+    counts(thing)
+    watch.look(modules(thing))  # any warning is an error
+
+
+def test_names_and_classes_of_others_are_left_alone() -> None:
+    watch, thing = AttributeWatch("", skip=["count"]), Thing()
+    others = AttributeWatch("", kinds=(Thing,))
+    watch.begin(modules(thing))
+    others.begin(modules(thing))
+    counts(thing)
+    assert watch.look(modules(thing))["then"] == {}
+    thing.phase = "training"
+    assert others.look(modules(thing))["then"] == {}
+
+
+VALUES = (
+    "{'b', 'a', 'c', 1}",
+    "{'x': [1, 2.5, None, (True,)], 3: float('nan')}",
+    "torch.arange(6).view(2, 3).t()",
+    "torch.ones(2, 2, requires_grad=True) * 2",
+    "deque([np.float32(2), np.arange(3), b'ignored'])",
+)
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_equal_values_have_one_digest_in_any_process(text: str) -> None:
+    program = (
+        "import torch, numpy as np\nfrom collections import deque\n"
+        f"from mnemo.session.attributes import _digest\nprint(_digest({text}))"
+    )
+    environ = os.environ | {"PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1"}
+    other = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environ, check=True
+    )
+    here = eval(text, {"torch": torch, "np": np, "deque": deque})
+    assert _digest(here) == int(other.stdout)
+
+
+def test_different_values_have_different_digests() -> None:
+    values = [1, 1.0, True, "1", None, [1], (1,), {1}, {1: 1}, [[1]], [1, 1], torch.ones(1)]
+    values += [torch.ones(1, 1), torch.ones(1, dtype=torch.int32), np.ones(1), torch.zeros(1)]
+    assert len({_digest(value) for value in values}) == len(values)
+
+
+def test_what_cannot_be_compared_is_not() -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    for value in (circle, "x" * 200_000, torch.zeros(30_000), torch.eye(2).to_sparse()):
+        assert _digest(value) is None
+
+
+def test_state_outside_the_state_dict_comes_back() -> None:
+    torch.manual_seed(1)
+    then, now = Thing(), Thing()
+    unsaved = Unsaved(then)
+    then.mean += 3
+    then.inner.weight.requires_grad_(False)
+    then.inner.eval()
+    for thing in (then, now):
+        assert torch.rand(1, generator=thing.random) == torch.rand(
+            1, generator=torch.Generator().manual_seed(1)
+        )
+    torch.rand(5, generator=then.random)
+    then.own.random()
+    state = unsaved.state(modules(then))
+    assert list(state["buffers"]) == ["mean"]  # what nobody wrote is no part of it
+    held = now.mean
+    Unsaved(now).restore(state)
+    assert now.mean is held
+    assert held.tolist() == [3, 3]
+    assert [p.requires_grad for p in now.inner.parameters()] == [False, True]
+    assert (now.training, now.inner.training) == (True, False)
+    assert torch.equal(now.random.get_state(), then.random.get_state())
+    assert now.own.random() == then.own.random()
+
+
+def test_a_buffer_of_another_shape_is_taken_over() -> None:
+    then, now = Thing(), Thing()
+    unsaved = Unsaved(then)
+    then.mean = torch.ones(4)
+    Unsaved(now).restore(unsaved.state(modules(then)))
+    assert now.mean.tolist() == [1, 1, 1, 1]
