@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from mnemo.config import load_config
+from mnemo.session.attributes import AttributeWatch
 from mnemo.session.identity import RunIdentity
 from mnemo.session.keeper import End, Keeper
 from mnemo.session.place import Place
+from mnemo.session.unsaved import Unsaved
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
@@ -47,6 +49,8 @@ class Training:
         torch.manual_seed(0)
         self.model = nn.Sequential(*[Block(width) for _ in range(blocks)])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self._unsaved = Unsaved(self.model)
+        self._attributes = AttributeWatch("")
         self._batch = torch.randn(batch, width)
         if warm:
             self.step()  # makes the optimizer's state
@@ -76,7 +80,13 @@ class Training:
 
     def listed_state(self) -> dict[str, Any]:
         """The same as `mnemo.Session` gives it to its keeper."""
-        return {"model": module_state(self.model), "optimizer": optimizer_state(self.optimizer)}
+        modules = list(self.model.named_modules())
+        return {
+            "model": module_state(self.model),
+            "unsaved": self._unsaved.state(modules),
+            "attributes": self._attributes.look(modules),
+            "optimizer": optimizer_state(self.optimizer),
+        }
 
 
 class Protected:
