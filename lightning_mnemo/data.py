@@ -214,7 +214,8 @@ class DataPosition:
             if replay is not None:
                 replay.bind(iterator)
         set_states(self._generators(), saved["generators"])
-        if not all(place["sure"] for place in saved["loaders"]):
+        twice = len({id(loader) for loader, _ in self._loaders}) < len(self._loaders)
+        if twice or not all(place["sure"] for place in saved["loaders"]):
             self._notes.append(ELSEWHERE)
         if self._seed is None and any(draws_in_workers(loader) for loader, _ in self._loaders):
             self._notes.append(_IN_WORKERS)

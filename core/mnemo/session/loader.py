@@ -32,8 +32,8 @@ from mnemo.session.generators import (
 from mnemo.snapshot.rng import capture_rng, restore_rng
 
 ELSEWHERE = (
-    "the loader was iterated over elsewhere in the middle of its epoch, or does not give a batch "
-    "for each that its sampler draws: what was left of the epoch may be other batches"
+    "the loader was iterated over elsewhere in the middle of its epoch, or has an iterator of its "
+    "own: what was left of the epoch may be other batches"
 )
 """Said where a position is not ``sure``."""
 
@@ -136,7 +136,8 @@ class ReplaySampler:
         passes = self._living() if own is None else [own]
         fitting = [p for p in passes if p.fits(consumed, ahead)]
         state = (fitting or passes)[-1].state() if passes else {"pass": self.passes}
-        sure = state.get("sure", True) and (len(fitting) == 1 or not consumed)
+        # An iterator that begins late draws random numbers of its own when it is gone on with.
+        sure = state.get("sure", True) and ((own is not None and bool(fitting)) or not consumed)
         return {**state, "passes": self.passes, "consumed": consumed, "sure": sure}
 
     def resume(self, state: dict[str, Any]) -> None:
