@@ -53,7 +53,7 @@ def test_messages_and_payloads_arrive_as_they_were_sent(seed: int) -> None:
     async def main() -> None:
         async with pair() as (a, b):
             assert (a.node, b.node) == ("b", "a")
-            for size in (0, 1, 31, 4096, PIECE - 1, PIECE, PIECE + 1, 5 * PIECE + 3):
+            for size in (0, 1, 31, 4096, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 3):
                 payload = chance.randbytes(size)
                 digest = xxhash.xxh3_64_intdigest(payload)
                 message = Manifest([digest, size])
@@ -93,7 +93,7 @@ def test_a_payload_that_nobody_wants_is_dropped() -> None:
     async def main() -> None:
         async with pair() as (a, b):
             for into in (None, lambda *_: None):
-                sent = asyncio.create_task(a.send(Note("x"), memoryview(bytes(3 * PIECE))))
+                sent = asyncio.create_task(a.send(Note("x"), memoryview(bytes(2 * PIECE))))
                 received = await b.receive(into)
                 assert received.payload is None
                 assert received.digest == await sent
@@ -106,7 +106,7 @@ def test_both_directions_and_many_senders_at_once(seed: int) -> None:
     chance = random.Random(seed)
 
     async def main() -> None:
-        payloads = [chance.randbytes(chance.randrange(1, 2 * PIECE)) for _ in range(16)]
+        payloads = [chance.randbytes(chance.randrange(1, 2 << 20)) for _ in range(16)]
 
         async def collect(peer: Peer[Messages]) -> None:
             left = set(range(len(payloads)))
@@ -198,7 +198,7 @@ def test_a_side_that_does_not_receive_holds_the_other_up() -> None:
             async def flood() -> None:
                 nonlocal sent
                 while True:
-                    await a.send(Note("x"), memoryview(bytes(PIECE)))
+                    await a.send(Note("x"), memoryview(bytes(1 << 20)))
                     sent += 1
 
             task = asyncio.create_task(flood())
@@ -260,7 +260,7 @@ def test_giving_up_within_a_frame_ends_the_connection() -> None:
                 started.set()
                 return memoryview(bytearray(size))
 
-            huge = memoryview(bytes(32 * PIECE))
+            huge = memoryview(bytes(32 << 20))
             sending = asyncio.create_task(a.send(Note("x"), huge))
             receiving = asyncio.create_task(b.receive(choose))
             await started.wait()
@@ -319,7 +319,7 @@ def test_closing_wakes_whoever_waits() -> None:
             waiting = [
                 asyncio.create_task(a.receive()),
                 *(
-                    asyncio.create_task(a.send(Note("x"), memoryview(bytes(64 * PIECE))))
+                    asyncio.create_task(a.send(Note("x"), memoryview(bytes(64 << 20))))
                     for _ in range(3)
                 ),
             ]
@@ -437,7 +437,7 @@ def test_a_peer_that_takes_nothing() -> None:
             await bad.prove(identity("a"))
             peer = await b.peer()
             with pytest.raises(PeerTimeoutError, match="timed out: sending took longer"):
-                await peer.send(Note("x"), memoryview(bytes(64 * PIECE)))
+                await peer.send(Note("x"), memoryview(bytes(64 << 20)))
 
     run(main())
 

@@ -38,7 +38,7 @@ PROTOCOL: Final = 1
 MAGIC: Final = b"mnmo"
 HEADER: Final = struct.Struct("<4sHBBIQ")
 TAG_BYTES: Final = 32
-PIECE: Final = 1 << 20
+PIECE: Final = 4 << 20
 """Most bytes of a payload that are moved at once; see `Parser.buffer`."""
 
 

@@ -30,7 +30,7 @@ class Rules:
 
     Attributes:
         handshake_s: Longest time to connect, and then again to prove who one is.
-        stall_s: Longest time for the next mebibyte, or the next part, of a frame begun.
+        stall_s: Longest time for the next part of a frame begun; of a payload 4 MiB.
         ping_s: Silence after which this side sends a ping.
         silence_s: Silence after which the other side counts as lost; several times `ping_s`.
         limits: Longest message and payload, bytes.

@@ -12,12 +12,13 @@ from typing import Final
 
 from mnemo.errors import PeerError, PeerLostError, PeerTimeoutError
 from mnemo.transport.address import Address
-from mnemo.transport.frames import PIECE
 
 READING: Final = select.POLLIN
 WRITING: Final = select.POLLOUT
-_PER_CALL: Final = PIECE // 64
-"""What a call counts for at least, in bytes moved, until others have their turn."""
+_TURN: Final = 1 << 20
+"""Bytes moved until other tasks have their turn."""
+_PER_CALL: Final = _TURN // 64
+"""What a call counts for at least."""
 
 
 async def readable(sock: socket.socket) -> None:
@@ -32,11 +33,12 @@ async def readable(sock: socket.socket) -> None:
         if not ready.done():
             ready.set_result(None)
 
-    loop.add_reader(sock, wake)
+    fd = sock.fileno()  # given the socket, asyncio would format it for an error that it then drops
+    loop.add_reader(fd, wake)
     try:
         await ready
     finally:
-        loop.remove_reader(sock)
+        loop.remove_reader(fd)
 
 
 class Wire:
@@ -184,6 +186,6 @@ class Wire:
 
     async def _let_others_run(self) -> None:
         """Make room: asyncio does not leave a task whose socket is always ready."""
-        if self._moved >= PIECE:
+        if self._moved >= _TURN:
             self._moved = 0
             await asyncio.sleep(0)
