@@ -66,22 +66,26 @@ class Memory:
         """See `mnemo.protect.Holdings`, and below."""
         return {tick: tick for tick in self._fds}
 
-    def pin(self, tick: int) -> Shard | None:  # noqa: D102
+    def pin(self, tick: int) -> Shard | None:
+        """The segment of ``tick``; None if it is not here."""
         return Shard([self.piece(tick)], [self._fds[tick]]) if tick in self._fds else None
 
-    def unpin(self, tick: int) -> None:  # noqa: D102
-        pass
+    def unpin(self, tick: int) -> None:
+        """Nothing: no segment here is ever used again."""
 
-    def allocate(self, size: int) -> int:  # noqa: D102
+    def allocate(self, size: int) -> int:
+        """A memfd of ``size`` bytes, the caller's."""
         fd = os.memfd_create("bench")
         os.posix_fallocate(fd, 0, size)
         return fd
 
-    def make(self, pieces: tuple[Piece, ...]) -> Shard:  # noqa: D102
+    def make(self, pieces: tuple[Piece, ...]) -> Shard:
+        """Memory for one segment, kept until `adopt`."""
         self._made = segment.create("bench", pieces[0].bulk_size)
         return Shard(pieces, [self._made])
 
-    def adopt(self, tick: int, step: int, shard: Shard) -> None:  # noqa: D102
+    def adopt(self, tick: int, step: int, shard: Shard) -> None:
+        """The segment from `make` holds ``tick``."""
         del step, shard
         self._fds[tick] = self._made
 
