@@ -18,11 +18,12 @@ import torch
 
 from mnemo import faults
 from mnemo.config import Overrun, ResolvedConfig
-from mnemo.errors import MnemoError, SmpError
+from mnemo.errors import MnemoError
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import afterwards, announce, report
 from mnemo.session.finder import Finder, Restored, persist_settings
 from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
+from mnemo.session.losses import Losses
 from mnemo.session.place import Place
 from mnemo.session.sources import NOTHING
 from mnemo.smp import messages as m
@@ -98,8 +99,7 @@ class Keeper:
         self._stopping = False
         self._base = 0
         """Boundaries that count as done before the run was begun anew."""
-        self._captured_tick = NOTHING
-        self._first_loss: torch.Tensor | None = None
+        self._losses = Losses(self._link, self.degraded)
         self._reached = max((p["step"] for p in self._link.board.positions()), default=0)
         """Newest step that any rank had done when an earlier life ended."""
         self._opened = time.time()
@@ -247,9 +247,8 @@ class Keeper:
         board = self._link.board
         board.report(self.place.local_rank, position)
         number, after = divmod(position.tick, 2)
-        if self._first_loss is None and not after:
-            self._first_loss = loss
         if not after:
+            self._losses.observe(loss)
             if self._last_boundary is not None and self.place.local_rank == 0:
                 self._cadence.observe(now - self._last_boundary, beside=self._captured_last)
             self._last_boundary = now
@@ -258,10 +257,10 @@ class Keeper:
             self._stopping = True
         if not self._is_due(number) and not self._stopping:
             return
-        if not self._is_clean(loss):
-            self._skip_suspect(position)
+        assert self._engine is not None
+        if not self._losses.allow(position, loss):
+            self._engine.counters.suspect += 1
         else:
-            assert self._engine is not None
             with self._never_fatal(position.step):
                 self._engine.capture(
                     position.tick,
@@ -272,10 +271,9 @@ class Keeper:
                     watch=tuple("state." + w for w in watch),
                 )
             self._captured_last = not after
-            self._captured_tick, self._first_loss = position.tick, None
+            self._losses.captured(position.tick)
         if self.place.local_rank == 0 and not after:
-            copy_s = self._engine.counters.copy_s if self._engine is not None else 0.0
-            board.schedule(number + self._cadence.interval(copy_s))
+            board.schedule(number + self._cadence.interval(self._engine.counters.copy_s))
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the same step, with a snapshot; safe in signal handlers."""
@@ -298,27 +296,6 @@ class Keeper:
         if every is not None:
             return number % every == 0
         return self._link.board.is_scheduled(number)
-
-    def _is_clean(self, loss: torch.Tensor | None) -> bool:
-        """Whether nothing speaks against the state; voids the last snapshot where its loss does."""
-        if self._first_loss is not None and not _is_finite(self._first_loss):
-            self.degraded(
-                "suspect", f"the first loss after snapshot {self._captured_tick // 2} is not finite"
-            )
-            with contextlib.suppress(SmpError):
-                self._link.ask(m.Resume(self._captured_tick - 1), m.Done)
-            self._first_loss = None
-            return False
-        return loss is None or _is_finite(loss)
-
-    def _skip_suspect(self, position: Position) -> None:
-        if self._engine is not None:
-            self._engine.counters.suspect += 1
-        self.degraded(
-            "suspect", f"step {position.step} has a non-finite loss: the snapshot before it is kept"
-        )
-        with contextlib.suppress(SmpError):
-            self._link.ask(m.Drop(position.tick), m.Done)
 
     @contextlib.contextmanager
     def _never_fatal(self, step: int) -> Any:
@@ -411,7 +388,3 @@ class Keeper:
         self.journal.write(
             "degraded", run=self.identity.run_id, rank=self.place.rank, kind=kind, text=words
         )
-
-
-def _is_finite(loss: torch.Tensor) -> bool:
-    return bool(torch.isfinite(loss).all())

@@ -1,4 +1,4 @@
-"""One training's generations: what its ranks ask for, decided by `Shelf`, is carried out here.
+"""One training's ranks: who is here, and what they ask for. `Shelf` decides, `Commits` follows up.
 
 All of it runs on the SMP's one event loop, so it needs no lock; what blocks (allocating,
 persisting) runs in threads.
@@ -15,14 +15,12 @@ from typing import Any
 
 from mnemo.clock import Clock
 from mnemo.errors import IdentityError, IntegrityError, ProtocolError, RunInUseError, SmpError
-from mnemo.protect import Neighbours
 from mnemo.smp import messages as m
 from mnemo.smp import segment
 from mnemo.smp.board import Board
 from mnemo.smp.buffers import Buffers, require_room
+from mnemo.smp.commits import Commits
 from mnemo.smp.persist import Persister
-from mnemo.smp.protection import Protection, Segments
-from mnemo.smp.replicas import differing_replica
 from mnemo.smp.shelf import Shelf, Slot
 from mnemo.types import GenerationState
 
@@ -57,8 +55,6 @@ class Fit:
         self.shelf = Shelf(members)
         self.board = board
         self.seats: dict[int, Seat] = {}
-        self.persister: Persister | None = None
-        self._protection: Protection | None = None
         self._run_id = run_id
         self._counts = counts
         self._clock = clock
@@ -68,12 +64,7 @@ class Fit:
         self._over: set[int] = set()
         """Ranks that want nothing of it any more."""
         self._changed = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._differ = ""
-        self._checked = -1
-        """Newest tick whose replicas were compared."""
-        self._committed_at = 0.0
-        """When that tick was committed, unix seconds."""
+        self.commits = Commits(self.shelf, self._buffers, counts, clock, self.wake)
 
     @property
     def is_finished(self) -> bool:
@@ -112,8 +103,10 @@ class Fit:
         self._finished.discard(request.rank)
         self._over.discard(request.rank)
         self.shelf.closed = False
-        if request.persist is not None and self.persister is None:
-            self.persister = Persister(request.persist, self._run_id, self.number, self._clock)
+        if request.persist is not None and self.commits.persister is None:
+            self.commits.persister = Persister(
+                request.persist, self._run_id, self.number, self._clock
+            )
         return seat
 
     def vacate(self, seat: Seat) -> None:
@@ -132,12 +125,12 @@ class Fit:
         try:
             header = self._buffers.header((rank, index))
         except IntegrityError:
-            self._void(rank, index)
+            self.commits.void(rank, index)
             return
         if header.state is GenerationState.SEALED and header.tick == slot.tick:
             slot.state = GenerationState.SEALED
         else:
-            self._void(rank, index)
+            self.commits.void(rank, index)
 
     async def finish(self, seat: Seat, request: m.Finish) -> Answer:
         """See `m.Finish`."""
@@ -145,7 +138,7 @@ class Fit:
         if seat.rank not in self._finished:
             self._finished.add(seat.rank)
             if self.is_finished:
-                await self.flush()
+                await self.commits.flush()
                 self.shelf.closed = self.is_finished  # a rank may have come back meanwhile
                 self.wake()
         return m.Done(), []
@@ -164,17 +157,6 @@ class Fit:
         """Nobody wants anything of it any more."""
         self._over.update(self.shelf.ranks)
         await self.release()
-
-    async def protect(
-        self, settings: m.ProtectSettings, neighbours: Neighbours, *, empty: bool
-    ) -> None:
-        """Share generations with other nodes; if this one is ``empty``, bring back what it lost."""
-        if self._protection is None:
-            segments = Segments(self.shelf, self._buffers, self.wake)
-            self._protection = Protection(
-                self.number, settings, neighbours, segments, empty=empty and self.newest is None
-            )
-        await self._protection.ready()
 
     # --- generations --------------------------------------------------------------------------
 
@@ -205,7 +187,7 @@ class Fit:
         self.shelf.write(rank, index, request.tick, request.step)
         self._buffers.begin((rank, index), request.tick, request.step, request.size)
         live = tuple(self.shelf.rank(rank).slots)
-        granted = m.Granted(index, live, shard=not self._differ)
+        granted = m.Granted(index, live, shard=not self.commits.differ)
         return granted, [self._buffers[rank, index]]
 
     async def seal(self, seat: Seat, request: m.Seal) -> Answer:
@@ -224,8 +206,9 @@ class Fit:
             )
         self._counts["sealed"] += 1
         self._notify()
-        not_stored = "" if self.persister is None else self.persister.failure
-        return m.Sealed(self.newest, self._differ, not_stored), []
+        commits = self.commits
+        not_stored = "" if commits.persister is None else commits.persister.failure
+        return m.Sealed(commits.newest, commits.differ, not_stored), []
 
     async def drop(self, seat: Seat, request: m.Drop) -> Answer:
         """See `m.Drop`."""
@@ -236,8 +219,8 @@ class Fit:
     async def resume(self, seat: Seat, request: m.Resume) -> Answer:
         """See `m.Resume`."""
         for index in self.shelf.forget_after(seat.rank, request.tick):
-            self._void(seat.rank, index)
-        self._rewound()
+            self.commits.void(seat.rank, index)
+        self.commits.rewound()
         self._notify()
         return m.Done(), []
 
@@ -246,22 +229,8 @@ class Fit:
         for rank, shelf in self.shelf.ranks.items():
             for index, slot in shelf.slots.items():
                 if slot.step > step:
-                    self._void(rank, index)
-        self._rewound()
-
-    def _rewound(self) -> None:
-        """What is committed may be older now: what follows is compared and persisted anew."""
-        tick, _ = self.shelf.committed() or (-1, -1)
-        self._checked = min(self._checked, tick)
-        if self.persister is not None:
-            self.persister.forget_after(tick)
-        if self._protection is not None:
-            self._protection.forget_after(tick)
-
-    def _void(self, rank: int, index: int) -> None:
-        """Forget what a segment holds, for good: no later SMP that is handed it revives it."""
-        self.shelf.void(rank, index)
-        self._buffers.begin((rank, index), 0, 0, self.shelf.rank(rank).slots[index].size)
+                    self.commits.void(rank, index)
+        self.commits.rewound()
 
     async def adopt(self, seat: Seat, request: m.Adopt, fds: list[int]) -> Answer:
         """See `m.Adopt`."""
@@ -286,39 +255,6 @@ class Fit:
         self._notify()
         return m.Done(), []
 
-    def fetch(self, below: int | None) -> tuple[m.Fetched, list[int], list[Slot]]:
-        """The newest committed generation older than ``below``, its descriptors and its slots."""
-        committed = self.shelf.committed(below)
-        if committed is None:
-            return m.Fetched(None), [], []
-        held = self.shelf.members_of(committed[0])
-        slots = [self.shelf.rank(rank).slots[i] for rank, i in held.items()]
-        fds = [self._buffers[key] for key in held.items()]
-        return m.Fetched(m.Generation(*committed)), fds, slots
-
-    @property
-    def newest(self) -> m.Generation | None:
-        """The newest committed generation."""
-        committed = self.shelf.committed()
-        return None if committed is None else m.Generation(*committed)
-
-    # --- commits ------------------------------------------------------------------------------
-
-    def _notify(self) -> None:
-        """Something changed: look at a new commit, give surplus memory back, wake who waits."""
-        committed = self.newest
-        if committed is not None and committed.tick > self._checked:
-            self._checked, self._committed_at = committed.tick, self._clock.time()
-            self._counts["committed"] += 1
-            self._compare(committed.tick)
-            if self.persister is not None and self.persister.due():
-                task = asyncio.get_running_loop().create_task(self._persist(self.persister))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-        if self._protection is not None:
-            self._protection.changed()
-        self.wake()
-
     def wake(self) -> None:
         """Slots may have become free: give back what is surplus, let those who wait look again."""
         for rank in self.shelf.ranks:
@@ -326,57 +262,14 @@ class Fit:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _compare(self, tick: int) -> None:
-        """Void generation ``tick`` if its replicas differ by their witnesses."""
-        if self._differ:
-            return
-        held = self.shelf.members_of(tick)
-        metas = {}
-        for rank, index in held.items():
-            try:
-                metas[rank] = self._buffers.meta((rank, index))
-            except IntegrityError as error:
-                log.warning("rank %d, generation %d: %s", rank, tick, error)
-                self._void(rank, index)
-                return
-        self._differ = differing_replica(metas)
-        if self._differ:
-            log.warning(
-                "replicas differ at generation %d: %s; from now on every rank keeps a whole copy",
-                tick,
-                self._differ,
-            )
-            for rank, index in held.items():
-                self._void(rank, index)
+    def _notify(self) -> None:
+        self.commits.look()
+        self.wake()
 
-    async def flush_request(self, seat: Seat, request: m.Flush) -> Answer:
+    async def flush(self, seat: Seat, request: m.Flush) -> Answer:
         """See `m.Flush`."""
         del seat, request
-        return m.Flushed(await self.flush()), []
-
-    async def flush(self) -> int:
-        """Persist the newest generation; the step of the newest checkpoint on storage, or -1."""
-        if self.persister is None:
-            return -1
-        await self._persist(self.persister)
-        return self.persister.newest_step
-
-    async def _persist(self, persister: Persister) -> None:
-        async with persister.lock:
-            fetched, fds, slots = self.fetch(None)
-            if fetched.generation is None or fetched.generation == persister.newest:
-                return
-            for slot in slots:
-                slot.pins += 1
-            try:
-                stored = await persister.write(
-                    fetched.generation, dict(zip(sorted(self.shelf.ranks), fds, strict=True))
-                )
-                self._counts["persisted" if stored else "persist_failed"] += 1
-            finally:
-                for slot in slots:
-                    slot.pins -= 1
-        self._notify()
+        return m.Flushed(await self.commits.flush()), []
 
     # --- memory -------------------------------------------------------------------------------
 
@@ -392,37 +285,26 @@ class Fit:
 
     async def release(self) -> None:
         """Give all memory back."""
-        if self._protection is not None:
-            await self._protection.close()
-            self._protection = None
+        await self.commits.unprotect()
         for rank, shelf in self.shelf.ranks.items():
             self._release(rank, list(shelf.slots))
         self.board.close()
 
     async def close(self) -> None:
         """Give up what is being persisted, and all memory."""
-        if self.persister is not None:
-            await self.persister.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.commits.close()
         await self.release()
 
     def status(self) -> dict[str, Any]:
         """This training's part of `mnemo.smp.server.Server.status`."""
-        newest = self.newest
         return {
             "fit": self.number,
             "finished": self.is_finished,
             "members": self.shelf.members,
             "connected": {rank: seat.pid for rank, seat in self.seats.items()},
-            "committed": newest
-            and {"tick": newest.tick, "step": newest.step, "time": self._committed_at},
-            "differ": self._differ,
             "memory": self._memory,
             "progress": [] if self.is_over else self.board.positions(),
-            "persist": self.persister and self.persister.status(),
-            "protect": self._protection and self._protection.status(),
+            **self.commits.status(),
             "segments": [
                 {
                     "rank": rank,

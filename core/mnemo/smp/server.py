@@ -47,7 +47,7 @@ _OF_SEATED: Final[dict[type[m.Message], Callable[[Fit, Seat, Any], Awaitable[Ans
     m.Resume: Fit.resume,
     m.Finish: Fit.finish,
     m.Leave: Fit.leave,
-    m.Flush: Fit.flush_request,
+    m.Flush: Fit.flush,
 }
 
 
@@ -130,7 +130,7 @@ class Server:
         """On SIGTERM: the newest generation goes to storage, where there is one, before the end."""
         for fit in self._fits.values():
             if not fit.is_over:
-                await fit.flush()
+                await fit.commits.flush()
         self.stop()
 
     def _seconds_to_live(self) -> float:
@@ -146,7 +146,7 @@ class Server:
     def _patience(self) -> float:
         """Seconds to wait for the next rank while none is there, nor who would start one."""
         wanted = [fit for fit in self._fits.values() if not fit.is_over]
-        if any(fit.newest for fit in wanted):
+        if any(fit.commits.newest for fit in wanted):
             return self._keep_alive_s
         if self._attended or (self._fits and not wanted):
             return LINGER_S
@@ -290,8 +290,8 @@ class Server:
             if self._neighbours is None:
                 self._neighbours = neighbours_of(request.protect, self.paths.run_id, self._secret)
             # One that hands over its board will hand over its segments: nothing is lost.
-            await fit.protect(request.protect, self._neighbours, empty=not fds)
-        return m.Joined(fit.newest), [fit.board.fd]
+            await fit.commits.protect(fit.number, request.protect, self._neighbours, empty=not fds)
+        return m.Joined(fit.commits.newest), [fit.board.fd]
 
     async def _over(self, client: Connection) -> None:
         """See `m.Over`."""
@@ -309,7 +309,7 @@ class Server:
         fit = seat.fit if seat and request.fit is None else self._fits.get(request.fit or 0)
         if fit is None:
             return m.Fetched(None), []
-        fetched, fds, slots = fit.fetch(request.below or None)
+        fetched, fds, slots = fit.commits.fetch(request.below or None)
         # A rank reads before it writes, and until it does no newer generation can be committed.
         client.read([] if seat else slots)
         return fetched, fds
@@ -326,8 +326,8 @@ class Server:
         else:
             async with contextlib.AsyncExitStack() as persisting:
                 for fit in self._fits.values():
-                    if fit.persister is not None:
-                        await persisting.enter_async_context(fit.persister.lock)
+                    if fit.commits.persister is not None:
+                        await persisting.enter_async_context(fit.commits.persister.lock)
                 self._refuse_while_training()
                 for fit in self._fits.values():
                     fit.rollback(request.step)

@@ -1,0 +1,191 @@
+"""What becomes of a generation that all ranks have sealed: compared, counted, stored, protected."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from mnemo.clock import Clock
+from mnemo.errors import IntegrityError
+from mnemo.protect import Neighbours
+from mnemo.smp import messages as m
+from mnemo.smp.buffers import Buffers
+from mnemo.smp.persist import Persister
+from mnemo.smp.protection import Protection, Segments
+from mnemo.smp.replicas import differing_replica
+from mnemo.smp.shelf import Shelf, Slot
+
+log = logging.getLogger("mnemo.smp")
+
+
+class Commits:
+    """One training's committed generations, over what its shelf and its buffers hold."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        buffers: Buffers,
+        counts: Counter[str],
+        clock: Clock,
+        wake: Callable[[], None],
+    ) -> None:
+        """Nothing is stored or protected before it is asked for.
+
+        Args:
+            shelf: What is committed.
+            buffers: The segments' descriptors.
+            counts: Of the whole SMP, for its status.
+            clock: Tells when a generation was committed.
+            wake: Called when slots may have become free.
+        """
+        self.persister: Persister | None = None
+        self.differ = ""
+        """How replicas were found to differ; empty if they never were."""
+        self._protection: Protection | None = None
+        self._shelf = shelf
+        self._buffers = buffers
+        self._counts = counts
+        self._clock = clock
+        self._wake = wake
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._checked = -1
+        """Newest tick whose replicas were compared."""
+        self._committed_at = 0.0
+        """When that tick was committed, unix seconds."""
+
+    @property
+    def newest(self) -> m.Generation | None:
+        """The newest committed generation."""
+        committed = self._shelf.committed()
+        return None if committed is None else m.Generation(*committed)
+
+    def fetch(self, below: int | None) -> tuple[m.Fetched, list[int], list[Slot]]:
+        """The newest committed generation older than ``below``, its descriptors and its slots."""
+        committed = self._shelf.committed(below)
+        if committed is None:
+            return m.Fetched(None), [], []
+        held = self._shelf.members_of(committed[0])
+        slots = [self._shelf.rank(rank).slots[i] for rank, i in held.items()]
+        fds = [self._buffers[key] for key in held.items()]
+        return m.Fetched(m.Generation(*committed)), fds, slots
+
+    def look(self) -> None:
+        """Something was sealed or voided: follow up a new commit."""
+        committed = self.newest
+        if committed is not None and committed.tick > self._checked:
+            self._checked, self._committed_at = committed.tick, self._clock.time()
+            self._counts["committed"] += 1
+            self._compare(committed.tick)
+            if self.persister is not None and self.persister.due():
+                task = asyncio.get_running_loop().create_task(self._persist(self.persister))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        if self._protection is not None:
+            self._protection.changed()
+
+    def rewound(self) -> None:
+        """What is committed may be older now: what follows is compared and persisted anew."""
+        tick, _ = self._shelf.committed() or (-1, -1)
+        self._checked = min(self._checked, tick)
+        if self.persister is not None:
+            self.persister.forget_after(tick)
+        if self._protection is not None:
+            self._protection.forget_after(tick)
+
+    def void(self, rank: int, index: int) -> None:
+        """Forget what a segment holds, for good: no later SMP that is handed it revives it."""
+        self._shelf.void(rank, index)
+        self._buffers.begin((rank, index), 0, 0, self._shelf.rank(rank).slots[index].size)
+
+    def _compare(self, tick: int) -> None:
+        """Void generation ``tick`` if its replicas differ by their witnesses."""
+        if self.differ:
+            return
+        held = self._shelf.members_of(tick)
+        metas = {}
+        for rank, index in held.items():
+            try:
+                metas[rank] = self._buffers.meta((rank, index))
+            except IntegrityError as error:
+                log.warning("rank %d, generation %d: %s", rank, tick, error)
+                self.void(rank, index)
+                return
+        self.differ = differing_replica(metas)
+        if self.differ:
+            log.warning(
+                "replicas differ at generation %d: %s; from now on every rank keeps a whole copy",
+                tick,
+                self.differ,
+            )
+            for rank, index in held.items():
+                self.void(rank, index)
+
+    # --- to storage ---------------------------------------------------------------------------
+
+    async def flush(self) -> int:
+        """Persist the newest generation; the step of the newest checkpoint on storage, or -1."""
+        if self.persister is None:
+            return -1
+        await self._persist(self.persister)
+        return self.persister.newest_step
+
+    async def _persist(self, persister: Persister) -> None:
+        async with persister.lock:
+            fetched, fds, slots = self.fetch(None)
+            if fetched.generation is None or fetched.generation == persister.newest:
+                return
+            for slot in slots:
+                slot.pins += 1
+            try:
+                stored = await persister.write(
+                    fetched.generation, dict(zip(sorted(self._shelf.ranks), fds, strict=True))
+                )
+                self._counts["persisted" if stored else "persist_failed"] += 1
+            finally:
+                for slot in slots:
+                    slot.pins -= 1
+        self.look()
+        self._wake()
+
+    # --- to other nodes -----------------------------------------------------------------------
+
+    async def protect(
+        self, fit: int, settings: m.ProtectSettings, neighbours: Neighbours, *, empty: bool
+    ) -> None:
+        """Share generations with other nodes; if this one is ``empty``, bring back what it lost."""
+        if self._protection is None:
+            segments = Segments(self._shelf, self._buffers, self._wake)
+            self._protection = Protection(
+                fit, settings, neighbours, segments, empty=empty and self.newest is None
+            )
+        await self._protection.ready()
+
+    # --- end ----------------------------------------------------------------------------------
+
+    async def unprotect(self) -> None:
+        """Take no part in the group any more."""
+        if self._protection is not None:
+            await self._protection.close()
+            self._protection = None
+
+    async def close(self) -> None:
+        """Give up what is being persisted."""
+        if self.persister is not None:
+            await self.persister.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def status(self) -> dict[str, Any]:
+        """This training's commits in `mnemo.smp.fits.Fit.status`."""
+        newest = self.newest
+        return {
+            "committed": newest
+            and {"tick": newest.tick, "step": newest.step, "time": self._committed_at},
+            "differ": self.differ,
+            "persist": self.persister and self.persister.status(),
+            "protect": self._protection and self._protection.status(),
+        }
