@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from typing_extensions import Unpack
 
 from lightning_mnemo.boundaries import Boundaries
 from lightning_mnemo.checks import require_supported, what_is_off
@@ -29,6 +30,19 @@ from mnemo.session.report import say
 from mnemo.session.session import expected_size
 
 
+class Sections(TypedDict, total=False):
+    """Settings by section: LightningCLI takes no argument whose name it cannot see."""
+
+    run: Mapping[str, Any]
+    snapshot: Mapping[str, Any]
+    protect: Mapping[str, Any]
+    persist: Mapping[str, Any]
+    recover: Mapping[str, Any]
+    predict: Mapping[str, Any]
+    monitor: Mapping[str, Any]
+    network: Mapping[str, Any]
+
+
 class MnemoCallback(pl.Callback):
     """Keeps the training's state in the memory of a process that outlives it.
 
@@ -38,7 +52,7 @@ class MnemoCallback(pl.Callback):
     trainer.fit(model)      # takes snapshots; resumes where an earlier life of the run ended
     """
 
-    def __init__(self, config: str | Path | None = None, **sections: Mapping[str, Any]) -> None:
+    def __init__(self, config: str | Path | None = None, **sections: Unpack[Sections]) -> None:
         """Read the configuration; nothing else happens before ``fit``.
 
         Args:
@@ -65,7 +79,7 @@ class MnemoCallback(pl.Callback):
         require_supported(trainer, MnemoCallback)
         self._done = False
         replicas = isinstance(trainer.strategy, DDPStrategy)
-        place = current_place(replicas=replicas, device=trainer.strategy.root_device)
+        place = current_place(self._config, replicas=replicas, device=trainer.strategy.root_device)
         self._keeper = keeper = Keeper(
             self._config, shared_identity(self._config), place, next_fit()
         )

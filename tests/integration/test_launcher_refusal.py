@@ -70,6 +70,31 @@ def test_other_errors_have_their_traceback_and_the_scripts_hook(tmp_path: Path) 
     assert f"mnemo: {SAID}\n" in ended.err
 
 
+def test_one_that_is_the_cause_of_another_error(tmp_path: Path) -> None:
+    """As a framework's that reads settings from a file of its own."""
+    text = "try:\n" + textwrap.indent(WRONG, "    ")
+    ended = run(tmp_path, text + 'except ValueError as e: raise TypeError("in x.yaml") from e\n')
+    assert_refused(ended, SAID)
+
+
+def test_wrong_arguments_of_the_scripts_own_are_not_tried_again(tmp_path: Path) -> None:
+    text = 'import argparse\np = argparse.ArgumentParser()\np.add_argument("--lr", type=float)\n'
+    (tmp_path / "train.py").write_text(text + "p.parse_args()\n")
+    ended = launch("train.py", "--lr=high", cwd=tmp_path)
+    assert ended.code == 2
+    assert "train.py: error: argument --lr: invalid float value: 'high'" in ended.err
+    assert "exited with code 2 → a restart would end the same way: exit code 2" in ended.err
+    assert len(ended.records("launch")) == 1
+
+
+@pytest.mark.parametrize(("line", "code"), [("error: 2.5", 3), ("epoch 3", 2)])
+def test_any_other_end_may_be_another_one_the_next_time(
+    tmp_path: Path, line: str, code: int
+) -> None:
+    ended = run(tmp_path, f"print({line!r})\nraise SystemExit({code})\n", "--max-restarts=1")
+    assert (ended.code, len(ended.records("launch"))) == (code, 2)
+
+
 def test_a_program_that_a_rank_starts_has_its_own_errors(tmp_path: Path) -> None:
     (tmp_path / "tool.py").write_text(WRONG)
     text = (

@@ -9,7 +9,9 @@ import pytest
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from lightning_mnemo import MnemoCallback
+from lightning_mnemo.callback import Sections
 from lightning_mnemo.checks import require_supported, what_is_off
+from mnemo.config import MnemoConfig
 from mnemo.errors import ConfigError
 
 
@@ -63,3 +65,7 @@ def test_several_nodes() -> None:
 def test_wrong_settings_are_told_before_training() -> None:
     with pytest.raises(ConfigError, match=r"snapshot\.overhed"):
         MnemoCallback(snapshot={"overhed": "1%"})
+
+
+def test_every_section_is_an_argument() -> None:
+    assert list(Sections.__annotations__) == list(MnemoConfig.__annotations__)

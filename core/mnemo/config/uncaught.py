@@ -28,6 +28,7 @@ EXIT_USAGE: Final = 2
 def leave_to_agent() -> None:
     """Have a `ConfigError` that nobody catches end this process with 2, its message left to say.
 
+    Also where it comes as the cause of another error, as from a framework that read it from YAML.
     Does nothing unless this process is a rank that ``mnemo run`` itself has started: anybody else,
     also a program that a rank starts, has a traceback as ever.
     """
@@ -47,11 +48,19 @@ class _LeftToAgent:
     def __call__(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, ConfigError):
+        wrong = _wrong_setting(error)
+        if wrong is not None:
             try:
-                self._file.write_text(str(error), encoding="utf-8")
+                self._file.write_text(str(wrong), encoding="utf-8")
             except OSError:
                 pass  # nobody would say it
             else:
                 raise SystemExit(EXIT_USAGE)
         self._otherwise(kind, error, trace)
+
+
+def _wrong_setting(error: BaseException | None) -> ConfigError | None:
+    """The `ConfigError` that ``error`` is, or was raised from."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__
+    return error

@@ -307,7 +307,7 @@ class Agent:
         position = self._hooks.position()
         decision: str = self._policy.after_failure(position)
         refusal = next((text for each in life.workers if (text := each.refusal())), "")
-        if decision == "restart" and (refusal or is_refusal(worker.log.tail)):
+        if decision == "restart" and (refusal or is_refusal(failed.code, worker.log.tail)):
             decision = "refused"
         out_of_memory = self._oom.struck()
         cause = _cause(failed, worker, out_of_memory=out_of_memory)

@@ -12,17 +12,26 @@ if TYPE_CHECKING:
 
 _ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b.*")
 
-
 _REFUSAL = re.compile(
     r"mnemo\.errors\."
     r"(ConfigError|HostMemoryError|IdentityError|MissingExtraError|ModelChangedError|NothingToResumeError)"
     r": "
 )
+_USAGE_CODE = 2
+_USAGE = re.compile(r"([\w.-]+(?: [\w.-]+)*: )?error: .")
+"""What argparse writes before it exits with 2, and LightningCLI's jsonargparse."""
 
 
-def is_refusal(tail: Iterable[str]) -> bool:
-    """Whether a rank's last lines say that mnemo refused to start, as it would again."""
-    return any(_REFUSAL.match(line) for line in tail)
+def is_refusal(code: int, tail: Iterable[str]) -> bool:
+    """Whether a rank would end the same way again: mnemo refused to start, or wrong arguments.
+
+    Args:
+        code: Its exit code.
+        tail: Its last lines.
+    """
+    return any(
+        _REFUSAL.match(line) or (code == _USAGE_CODE and _USAGE.match(line)) for line in tail
+    )
 
 
 class OomWatch:
