@@ -31,6 +31,8 @@ SECRET = bytes(range(32))
 QUICK = Rules(handshake_s=2, stall_s=2, ping_s=0.3, silence_s=2)
 PATIENCE_S = 30.0
 CHUNK = 16 << 10
+FREEZES = 8 * CHUNK
+"""Bytes of a segment that change together or not at all."""
 
 
 def names(number: int) -> tuple[str, ...]:
@@ -43,15 +45,24 @@ class Memory:
     def __init__(self, most: int = 1 << 40) -> None:
         self._most = most
         self._made: list[int] = []
+        self.parities: list[int] = []
+        """Descriptors of all memory that was ever allocated; some may be closed."""
         self.generations: dict[int, tuple[int, list[Piece], list[int]]] = {}
         self.pins: Counter[int] = Counter()
 
-    def commit(self, tick: int, step: int, sizes: Sequence[int], seed: int) -> None:
-        """Have a generation, its ranks' bulks of ``sizes`` bytes."""
+    def commit(
+        self, tick: int, step: int, sizes: Sequence[int], seed: int, frozen: float = 0
+    ) -> None:
+        """Have a generation, its ranks' bulks of ``sizes`` bytes, a share of them ever the same."""
         pieces, fds = [], []
         for rank, size in enumerate(sizes):
             fd = segment.create(f"lab:{rank}", size)
-            bulk = random.Random(f"{seed}/{tick}/{rank}").randbytes(size)
+            bulk = bytearray(random.Random(f"{seed}/{tick}/{rank}").randbytes(size))
+            same = random.Random(f"{seed}/{rank}")
+            for start in range(0, size, FREEZES):
+                kept = same.randbytes(min(FREEZES, size - start))
+                if same.random() < frozen:
+                    bulk[start : start + FREEZES] = kept
             digests = b"".join(
                 xxhash.xxh3_64_intdigest(bulk[i : i + segment.CHUNK]).to_bytes(8, "little")
                 for i in range(0, size, segment.CHUNK)
@@ -96,6 +107,7 @@ class Memory:
         fd = os.memfd_create("lab:parity", os.MFD_CLOEXEC)
         if size:
             os.posix_fallocate(fd, 0, size)
+        self.parities.append(fd)
         return fd
 
     def make(self, pieces: tuple[Piece, ...]) -> Shard:
@@ -148,9 +160,12 @@ class Node:
         )
         self.protector = Protector(0, group, self.neighbours, self.memory, chunk=chunk)
 
-    def commit(self, tick: int, sizes: Sequence[int], seed: int, *, step: int = -1) -> None:
+    def commit(
+        self, tick: int, sizes: Sequence[int], seed: int, *, step: int = -1, frozen: float = 0
+    ) -> None:
         position = int(self.neighbours.name.removeprefix("node"))
-        self.memory.commit(tick, 10 * tick if step < 0 else step, sizes, seed * 1000 + position)
+        step = 10 * tick if step < 0 else step
+        self.memory.commit(tick, step, sizes, seed * 1000 + position, frozen)
         self.protector.changed()
 
     async def close(self) -> None:
@@ -289,7 +304,9 @@ async def _do(node: Node, do: str, given: dict[str, Any]) -> Any:
             node.neighbours.moved(name, Address(*address))
     elif do == "commit":
         position = str(int(node.neighbours.name.removeprefix("node")))
-        node.commit(given["tick"], given["sizes"][position], given["seed"])
+        node.commit(
+            given["tick"], given["sizes"][position], given["seed"], frozen=given.get("frozen", 0)
+        )
     elif do == "drop":
         node.memory.drop(given["tick"])
         node.protector.changed()

@@ -4,6 +4,9 @@ For every stripe a member is one of three: a holder of data, which streams its b
 hub, which encodes chunk by chunk and streams parities on; a holder of another parity, which stores
 it. A hub waits for none but data holders, and a parity holder for none but hubs, so nothing can
 wait in a circle. All connections are of this attempt alone and end with it.
+
+Upon a base (`mnemo.protect.base`) all is the same, but that the chunks which travel are differences
+to it, or lack where there is none.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import xxhash
 
 from mnemo.erasure.codec import Codec
 from mnemo.errors import FragmentError, PeerError, PeerTimeoutError
+from mnemo.protect.base import Old, OldFragment, add, check
 from mnemo.protect.messages import Digests, Message, Offer, Stored
 from mnemo.protect.neighbours import Neighbours, cancel, together
 from mnemo.protect.plan import Plan
@@ -84,10 +88,20 @@ class Inbox:
 
 @dataclass(frozen=True)
 class Work:
-    """What an attempt needs: `protect` does it."""
+    """What an attempt needs: `protect` does it.
+
+    Attributes:
+        fit: Whose generation.
+        fragments: This node's part of it.
+        base: Its part of the one that differences are sent to; None where all is sent.
+        inbox: Connections that others make.
+        neighbours: How others are reached.
+        codec: What computes the group's code.
+    """
 
     fit: int
     fragments: Fragments
+    base: Fragments | None
     inbox: Inbox
     neighbours: Neighbours
     codec: Codec
@@ -100,6 +114,10 @@ class Work:
     def node(self, stripe: int, index: int) -> str:
         """Who holds a fragment."""
         return self.plan.group.nodes[self.plan.position_of(stripe, index)]
+
+    def old(self, stripe: int) -> OldFragment | None:
+        """This node's fragment of the base."""
+        return None if self.base is None else OldFragment(self.base, stripe)
 
     def offer(
         self, stripe: int, index: int, to: str
@@ -132,7 +150,7 @@ async def protect(work: Work) -> None:
 async def _send_block(work: Work, stripe: int, index: int) -> None:
     """A data holder's part of a stripe."""
     plan, chunks = work.plan, work.plan.chunks(stripe)
-    own = np.zeros(chunks, np.uint64)
+    own, old = np.zeros(chunks, "<u8"), work.old(stripe)
     buffer = memoryview(bytearray(plan.generation.chunk))
     async with work.offer(stripe, index, work.node(stripe, plan.group.code.k)) as hub:
         for chunk in range(chunks):
@@ -140,7 +158,15 @@ async def _send_block(work: Work, stripe: int, index: int) -> None:
             if not part:
                 break
             work.fragments.read(stripe, chunk, part)
-            own[chunk] = await work.neighbours.send_chunk(hub, chunk, part)
+            if old is None:
+                own[chunk] = await work.neighbours.send_chunk(hub, chunk, part)
+                continue
+            own[chunk] = xxhash.xxh3_64_intdigest(part)
+            if own[chunk] == old.digest(chunk):
+                await work.neighbours.skip_chunk(hub, chunk, len(part))
+            else:
+                await work.neighbours.compute(add, part, old.read(chunk, len(part)))
+                await work.neighbours.send_chunk(hub, chunk, part)
         await _take_digests(work, hub, stripe, index, own)
 
 
@@ -148,19 +174,35 @@ async def _store_parity(work: Work, stripe: int, index: int) -> None:
     """The part of a holder of another parity than the first."""
     plan = work.plan
     hub = await work.inbox.get(stripe, index, work.node(stripe, plan.group.code.k))
-    own = np.zeros(plan.chunks(stripe), np.uint64)
+    own, old = np.zeros(plan.chunks(stripe), "<u8"), work.old(stripe)
     buffer = memoryview(bytearray(plan.generation.chunk))
     for chunk in range(plan.chunks(stripe)):
         part = buffer[: plan.length(stripe, index, chunk)]
-        own[chunk] = await receive_chunk(hub, chunk, part)
+        digest = await receive_chunk(hub, chunk, part, may_lack=old is not None)
+        if digest is None:
+            assert old is not None
+            own[chunk] = await _carry_on(work, stripe, chunk, old)
+            continue
+        if old is not None:
+            digest = await work.neighbours.compute(_renew, part, old.read(chunk, len(part)))
+        own[chunk] = digest
         work.fragments.write(stripe, chunk, part)
     await _take_digests(work, hub, stripe, index, own)
+
+
+async def _carry_on(work: Work, stripe: int, chunk: int, old: OldFragment) -> int:
+    """A chunk of a parity is as it was; its digest."""
+    same = old.read(chunk, work.plan.stripe_length(stripe, chunk))
+    await work.neighbours.compute(check, same)
+    work.fragments.write(stripe, chunk, same.data)
+    return same.digest
 
 
 async def _take_digests(
     work: Work, hub: Peer[Message], stripe: int, index: int, own: Table
 ) -> None:
-    """Wait until the stripe is done; compare what the hub has with what this node has."""
+    """Say what this node has, wait until the stripe is done, and compare what the hub has."""
+    await hub.send(Digests(), memoryview(own.tobytes()) or None)
     payload = memoryview(bytearray(work.plan.digest_bytes(stripe)))
     await receive(hub, Digests, payload)
     table = work.fragments.take_table(stripe, payload)
@@ -180,7 +222,10 @@ class _Hub:
         plan = work.plan
         self._work = work
         self._stripe = stripe
-        self._table: Table = np.zeros((plan.group.code.n, plan.chunks(stripe)), np.uint64)
+        self._old = work.old(stripe)
+        self._table: Table = np.zeros((plan.group.code.n, plan.chunks(stripe)), "<u8")
+        if work.base is not None:
+            self._table[:] = work.base.tables[stripe]
         self._others: list[Peer[Message]] = []
 
     async def run(self) -> None:
@@ -196,10 +241,14 @@ class _Hub:
             streams = []
             for index, holder in enumerate(holders):
                 chunks = range(plan.chunks(stripe))
-                stream = Stream(holder, plan, stripe, index, chunks, WINDOW)
+                stream = Stream(
+                    holder, plan, stripe, index, chunks, WINDOW, may_lack=work.base is not None
+                )
                 stack.push_async_callback(stream.close)
                 streams.append(stream)
             await self._encode_all(streams)
+            for index, peer in (*enumerate(holders), *enumerate(self._others, k + 1)):
+                await self._take_row(peer, index)
             payload = memoryview(self._table.tobytes())
             for peer in (*self._others, *holders):
                 await peer.send(Digests(), payload or None)
@@ -210,37 +259,75 @@ class _Hub:
 
     async def _encode_all(self, streams: list[Stream]) -> None:
         """Chunk by chunk; parities are on their way while the next are computed."""
-        plan, stripe, m = self._work.plan, self._stripe, self._work.plan.group.code.m
+        work, plan, stripe = self._work, self._work.plan, self._stripe
         size = min(plan.generation.chunk, plan.stripe_size(stripe))
-        sets = [[memoryview(bytearray(size)) for _ in range(m)] for _ in range(2)]
+        sets = [[memoryview(bytearray(size)) for _ in range(plan.group.code.m)] for _ in range(2)]
         delivery = asyncio.ensure_future(asyncio.sleep(0))
         try:
             for chunk in range(plan.chunks(stripe)):
                 data = [await stream.next() for stream in streams]
                 width = plan.stripe_length(stripe, chunk)
                 parities = [buffer[:width] for buffer in sets[chunk % 2]]
-                digest = await self._work.neighbours.compute(
-                    _encode, self._work.codec, [part.data for part in data], parities
-                )
+                came = [index for index, part in enumerate(data) if part.digest is not None]
+                if came:
+                    digest = await work.neighbours.compute(
+                        _encode,
+                        work.codec,
+                        [part.data for part in data],
+                        parities,
+                        None if self._old is None else self._old.read(chunk, width),
+                    )
+                    work.fragments.write(stripe, chunk, parities[0])
+                else:
+                    assert self._old is not None
+                    digest = await _carry_on(work, stripe, chunk, self._old)
                 for stream in streams:
                     stream.release()
-                self._table[: len(data), chunk] = [part.digest for part in data]
+                for index in came:
+                    self._note(index, chunk, data[index].digest)
                 self._table[len(data), chunk] = digest
-                self._work.fragments.write(stripe, chunk, parities[0])
                 await delivery
-                delivery = asyncio.ensure_future(self._deliver(chunk, parities[1:]))
+                delivery = asyncio.ensure_future(self._deliver(chunk, parities[1:], skip=not came))
             await delivery
         finally:
             await cancel(delivery)
 
-    async def _deliver(self, chunk: int, parities: list[memoryview]) -> None:
-        k = self._work.plan.group.code.k
-        for number, (other, parity) in enumerate(zip(self._others, parities, strict=True), k + 1):
-            digest = await self._work.neighbours.send_chunk(other, chunk, parity)
-            self._table[number, chunk] = digest
+    async def _deliver(self, chunk: int, parities: list[memoryview], *, skip: bool) -> None:
+        neighbours, k = self._work.neighbours, self._work.plan.group.code.k
+        for index, (other, parity) in enumerate(zip(self._others, parities, strict=True), k + 1):
+            if skip:
+                await neighbours.skip_chunk(other, chunk, len(parity))
+            else:
+                self._note(index, chunk, await neighbours.send_chunk(other, chunk, parity))
+
+    def _note(self, index: int, chunk: int, digest: int | None) -> None:
+        """What travelled of a fragment; of what a difference makes, only its holder can say."""
+        self._table[index, chunk] = 0 if digest is None or self._old is not None else digest
+
+    async def _take_row(self, peer: Peer[Message], index: int) -> None:
+        """What a holder says of its fragment's digests; what is known here as well has to agree."""
+        known = self._table[index]
+        row = np.zeros_like(known)
+        await receive(peer, Digests, memoryview(row).cast("B"))
+        if (row != known)[known != 0].any():
+            raise FragmentError(
+                f"{peer.node} has other digests of fragment {index} of stripe {self._stripe} than "
+                f"what travelled"
+            )
+        self._table[index] = row
 
 
-def _encode(codec: Codec, data: list[memoryview], parities: list[memoryview]) -> int:
-    """Compute parities; the digest of the first."""
+def _encode(
+    codec: Codec, data: list[memoryview], parities: list[memoryview], old: Old | None
+) -> int:
+    """Compute parities, or differences of them, of which the first becomes new; its digest."""
     codec.encode(data, parities)
+    if old is not None:
+        add(parities[0], old)
     return xxhash.xxh3_64_intdigest(parities[0])
+
+
+def _renew(parity: memoryview, old: Old) -> int:
+    """Turn the difference of a parity into the new one; its digest."""
+    add(parity, old)
+    return xxhash.xxh3_64_intdigest(parity)

@@ -47,7 +47,7 @@ class _Own:
         length = plan.length(stripe, self._index, chunk)
         self._fragments.read(stripe, chunk, data[:length])
         data[length:] = bytes(len(data) - length)
-        digest = xxhash.xxh3_64_intdigest(data[:length]) if length else 0
+        digest = xxhash.xxh3_64_intdigest(data[:length]) if length else None
         return Part(data, digest, self._buffer)
 
 
@@ -133,7 +133,7 @@ class Gathering:
             for index in [index for index in self._active if index not in have]:
                 try:
                     part = await self._active[index][0].next()
-                    if part.digest != self._table[index][chunk]:
+                    if (part.digest or 0) != self._table[index][chunk]:
                         raise FragmentError(f"chunk {chunk} of its fragment is damaged")
                 except (PeerError, ProtectionError, FragmentError) as error:
                     self._bad.append(f"{self._node(index)}: {error}")

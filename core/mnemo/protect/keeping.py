@@ -101,6 +101,10 @@ class Keeping:
         """What is kept, with digests that are equal on all nodes."""
         return {epoch: kept.seal for epoch, kept in self._kept.items()}
 
+    def get(self, epoch: int) -> Fragments | None:
+        """This node's part of ``epoch``, if it is kept."""
+        return self._kept.get(epoch)
+
     def find(self, epoch: int) -> Fragments:
         """This node's part of ``epoch``.
 

@@ -68,6 +68,7 @@ class Leader:
         self._members: dict[str, Follower] = {}
         self._changed = asyncio.Event()
         self._epoch = -1
+        self._trusts_base = True
 
     # --- members ------------------------------------------------------------------------------
 
@@ -110,6 +111,7 @@ class Leader:
             except ProtectionError as error:
                 log.warning("generation %d is not protected yet: %s", tick, error)
                 self._tell_all(Void(epoch))
+                self._trusts_base = False  # it may be what is damaged
                 await asyncio.sleep(RETRY_S)
 
     def _next(self) -> int | None:
@@ -137,6 +139,7 @@ class Leader:
             member.answer = None
         self._tell_all(Propose(epoch, tick, self._standing.epoch))
         pinned = await self._answers(present, Pinned, self._patience_s)
+        bases = {answer.base for answer in pinned}
         steps = {answer.step for answer in pinned}
         if len(steps) > 1:
             raise ProtectionError(f"it is of steps {sorted(steps)} on different nodes")
@@ -157,8 +160,10 @@ class Leader:
             assert holds is not None
             addresses.append(holds.address)
             present[node].answer = None
-        self._tell_all(Go(plan.generation, tuple(addresses)))
+        upon_base = self._trusts_base and len(bases) == 1 and bases != {b""}
+        self._tell_all(Go(plan.generation, tuple(addresses), upon_base))
         await self._answers(present, Complete, None)
+        self._trusts_base = True
         self._standing = Standing.of(plan)
         self._tell_all(Protected(epoch))
 

@@ -38,15 +38,18 @@ log = logging.getLogger("mnemo.protect")
 
 RETRY_S: Final = 0.5
 """How long a member waits before it looks for its leader again."""
+WORTH: Final = 0.1
+"""Share of the data that did not change the last time, from which on only differences are sent."""
 
 
 @dataclass(eq=False)
 class _Candidate:
-    """A generation that is about to be protected."""
+    """A generation that is about to be protected, and what is kept of the one before."""
 
     epoch: int
     tick: int
     shard: Shard
+    base: Fragments | None
     inbox: Inbox
     task: asyncio.Task[None] | None = None
 
@@ -173,8 +176,11 @@ class Member:
             return
         rules = self._neighbours.rules
         inbox = Inbox(rules.handshake_s + rules.stall_s)
-        self._candidate = _Candidate(proposal.epoch, proposal.tick, shard, inbox)
-        self._say(Pinned(proposal.epoch, step, shard.pieces))
+        base = self._keeping.get(proposal.base)
+        self._candidate = _Candidate(proposal.epoch, proposal.tick, shard, base, inbox)
+        likely = base is not None and base.unchanged >= WORTH and base.shard.size == shard.size
+        seal = base.seal if base is not None and likely else b""
+        self._say(Pinned(proposal.epoch, step, shard.pieces, seal))
 
     def _begin(self, go: Go) -> None:
         candidate = self._candidate
@@ -188,7 +194,7 @@ class Member:
     async def _attempt(self, candidate: _Candidate, go: Go) -> None:
         """All of one attempt; whatever goes wrong voids it, and nothing else."""
         try:
-            await self._protect(candidate, Plan(go.generation))
+            await self._protect(candidate, Plan(go.generation), upon_base=go.upon_base)
         except (MnemoError, OSError) as error:
             self.failure = str(error)
         except Exception as error:
@@ -201,19 +207,35 @@ class Member:
             return
         self._say(Failed(candidate.epoch, self.failure))
 
-    async def _protect(self, candidate: _Candidate, plan: Plan) -> None:
+    async def _protect(self, candidate: _Candidate, plan: Plan, *, upon_base: bool) -> None:
         if plan.group != self._group:
             raise ProtectionError(
                 f"the leader's group is {', '.join(plan.group.nodes)} with {plan.group.parities} "
                 f"parities, this node's {', '.join(self._group.nodes)} with {self._group.parities}"
+            )
+        base = candidate.base
+        if base is not None and not plan.is_like(base.plan):
+            base = None
+        if upon_base and base is None:
+            raise ProtectionError(
+                f"epoch {candidate.epoch} is to be sent as differences to one that is not kept here"
             )
         parities = self._keeping.parities
         parity = await parities.take(plan.parity_size(self._position))
         try:
             fragments = Fragments(plan, self._position, candidate.shard, parity)
             await protect(
-                Work(self._fit, fragments, candidate.inbox, self._neighbours, self._codec)
+                Work(
+                    self._fit,
+                    fragments,
+                    base if upon_base else None,
+                    candidate.inbox,
+                    self._neighbours,
+                    self._codec,
+                )
             )
+            if base is not None:
+                fragments.compare(base)
         except BaseException:
             parities.give_back(parity)
             raise

@@ -97,7 +97,10 @@ Opening = Join | Offer | Ask | Describe | Read | Rebuild
 
 
 class Chunk(msgspec.Struct, tag=True, frozen=True):
-    """Chunk ``number`` of the fragment that this connection is for; its bytes are the payload."""
+    """Chunk ``number`` of the fragment that this connection is for; its bytes are the payload.
+
+    In an attempt upon a base they are the difference to it, and none follow where there is none.
+    """
 
     number: int
 
@@ -107,7 +110,10 @@ class Stored(msgspec.Struct, tag=True, frozen=True):
 
 
 class Digests(msgspec.Struct, tag=True, frozen=True):
-    """A hub to all: its stripe is done. The payload has its row of every fragment's digests."""
+    """A fragment's holder to its hub: all is sent, or stored. The payload has its chunks' digests.
+
+    Then the hub to all: its stripe is done. The payload has the digests of all its fragments.
+    """
 
 
 class Kept(msgspec.Struct, tag=True, frozen=True):
@@ -153,18 +159,27 @@ class Propose(msgspec.Struct, tag=True, frozen=True):
 
 
 class Pinned(msgspec.Struct, tag=True, frozen=True):
-    """A member holds what was proposed."""
+    """A member holds what was proposed.
+
+    ``base`` is the seal of what it keeps of the proposal's base, if the differences to that are
+    likely to be few; empty otherwise.
+    """
 
     epoch: int
     step: int
     pieces: tuple[Piece, ...]
+    base: bytes
 
 
 class Go(msgspec.Struct, tag=True, frozen=True):
-    """The leader: protect it; everybody listens at ``addresses``, in the group's order."""
+    """The leader: protect it; everybody listens at ``addresses``, in the group's order.
+
+    ``upon_base``: what travels are differences to the proposal's base.
+    """
 
     generation: Generation
     addresses: tuple[tuple[str, int], ...]
+    upon_base: bool
 
 
 class Complete(msgspec.Struct, tag=True, frozen=True):

@@ -21,11 +21,14 @@ from mnemo.transport.endpoints import Listener, connect
 from mnemo.transport.handshake import Identity
 from mnemo.transport.peer import Peer, Rules
 from mnemo.transport.rate import RateLimit
+from mnemo.transport.reach import Unreachable, find_unreachable
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Serve = Callable[[Peer[Message], Opening], Awaitable[None]]
 
+UNCHANGED: Final = 1 / 8
+"""What a chunk that is not sent counts towards the rate: as much less as it takes of a core."""
 PER_CORE: Final = 8e6
 """Bytes of fragments that a node sends by default, a second and a core: about a fiftieth of it."""
 _NICE: Final = 19
@@ -84,6 +87,10 @@ class Neighbours:
         else:
             self._serves[fit] = serve
 
+    async def find_unreachable(self) -> list[Unreachable]:
+        """Try to connect to all others."""
+        return await find_unreachable(self._me, self._addresses, self.rules)
+
     @contextlib.asynccontextmanager
     async def call(self, node: str, opening: Opening) -> AsyncIterator[Peer[Message]]:
         """A connection to ``node`` for what ``opening`` says.
@@ -106,6 +113,11 @@ class Neighbours:
         digest = await peer.send(Chunk(number), data, rate=self.rate)
         self.sent += len(data)
         return digest or 0
+
+    async def skip_chunk(self, peer: Peer[Message], number: int, size: int) -> None:
+        """Say that a chunk of ``size`` bytes is as it was, when the rate allows it."""
+        await self.rate.take(round(size * UNCHANGED))
+        await peer.send(Chunk(number))
 
     async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``function`` in the thread that computes, which yields to everything else."""

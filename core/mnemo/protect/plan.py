@@ -109,6 +109,11 @@ class Plan:
         """Bytes of a block of the largest shard."""
         return self.group.block_size(self.sizes)
 
+    def is_like(self, other: Plan) -> bool:
+        """Whether all fragments of ``other`` have the same places, lengths and chunks."""
+        mine, its = self.generation, other.generation
+        return (self.group, mine.chunk, self.sizes) == (other.group, its.chunk, other.sizes)
+
     def index_of(self, position: int, stripe: int) -> int:
         """Which fragment of ``stripe`` the node at ``position`` holds: every node has one."""
         found = self.group.stripes[stripe]

@@ -161,6 +161,8 @@ class Fragments:
         self.parity = parity
         self.tables: dict[int, Table] = {}
         """Digests by stripe."""
+        self.unchanged = 0.0
+        """Share of the group's data that the generation protected before had as well, if known."""
         self._closed = False
 
     @property
@@ -219,6 +221,16 @@ class Fragments:
             stop = start + self.plan.digest_bytes(stripe)
             self.take_table(stripe, payload[start:stop])
             start = stop
+
+    def compare(self, before: Fragments) -> None:
+        """Set `unchanged` by the digests of the generation before, which has to be like this."""
+        k = self.plan.group.code.k
+        chunks = same = 0
+        for stripe, table in self.tables.items():
+            data, old = table[:k], before.tables[stripe][:k]
+            chunks += int(np.count_nonzero(data))
+            same += int(np.count_nonzero((data == old) & (data != 0)))
+        self.unchanged = same / chunks
 
     @property
     def seal(self) -> bytes:

@@ -16,16 +16,26 @@ class Part(NamedTuple):
     """A chunk of a fragment, as long as the longest of its stripe: zeros follow what exists."""
 
     data: memoryview
-    digest: int
-    """Of what exists of it; 0 where nothing does."""
+    digest: int | None
+    """Of what came of it; None where nothing did: there are only zeros."""
     buffer: memoryview
     """All of the memory that it lies in."""
 
 
 async def receive(
-    peer: Peer[Message], kind: type[Message], into: memoryview | None = None
+    peer: Peer[Message],
+    kind: type[Message],
+    into: memoryview | None = None,
+    *,
+    may_lack: bool = False,
 ) -> Received[Message]:
     """The next message, which has to be of ``kind``, with a payload that fills ``into``.
+
+    Args:
+        peer: Who sends.
+        kind: Of the message.
+        into: Where its payload goes.
+        may_lack: It may have none.
 
     Raises:
         PeerError: The connection failed.
@@ -45,7 +55,8 @@ async def receive(
     received = await peer.receive(place)
     if isinstance(received.message, Refused):
         raise ProtectionError(f"{peer.node} refuses: {received.message.why}")
-    if type(received.message) is not kind or (received.digest is None and size):
+    lacks = received.digest is None and size and not may_lack
+    if type(received.message) is not kind or lacks:
         raise FragmentError(
             f"{peer.node} sent {type(received.message).__name__} without bytes where "
             f"{kind.__name__} with {size} belongs"
@@ -53,26 +64,36 @@ async def receive(
     return received
 
 
-async def receive_chunk(peer: Peer[Message], number: int, into: memoryview) -> int:
-    """Chunk ``number``, which fills ``into``; its digest.
+async def receive_chunk(
+    peer: Peer[Message], number: int, into: memoryview, *, may_lack: bool = False
+) -> int | None:
+    """Chunk ``number``, which fills ``into``; its digest, or None if it may lack and does.
 
     Raises:
         PeerError, ProtectionError, FragmentError: As of `receive`.
     """
-    received = await receive(peer, Chunk, into)
+    received = await receive(peer, Chunk, into, may_lack=may_lack)
     assert isinstance(received.message, Chunk)
     if received.message.number != number:
         raise FragmentError(
             f"{peer.node} sent chunk {received.message.number} where {number} belongs"
         )
-    return received.digest or 0
+    return received.digest
 
 
 class Stream:
     """One fragment as it comes, a few chunks ahead of who takes them."""
 
     def __init__(
-        self, peer: Peer[Message], plan: Plan, stripe: int, index: int, chunks: range, window: int
+        self,
+        peer: Peer[Message],
+        plan: Plan,
+        stripe: int,
+        index: int,
+        chunks: range,
+        window: int,
+        *,
+        may_lack: bool = False,
     ) -> None:
         """Begin to receive; ended by `close`.
 
@@ -83,8 +104,10 @@ class Stream:
             index: Its number.
             chunks: Those that come.
             window: Chunks kept at most, that which was taken last included.
+            may_lack: Chunks may come without bytes: then they are zeros.
         """
         self._peer = peer
+        self._may_lack = may_lack
         self._plan = plan
         self._stripe = stripe
         self._index = index
@@ -123,10 +146,13 @@ class Stream:
                 buffer = await self._free.get()
                 length = plan.length(stripe, self._index, chunk)
                 width = plan.stripe_length(stripe, chunk)
-                digest = 0
+                digest = None
                 if length:
-                    digest = await receive_chunk(self._peer, chunk, buffer[:length])
-                buffer[length:width] = bytes(width - length)
+                    digest = await receive_chunk(
+                        self._peer, chunk, buffer[:length], may_lack=self._may_lack
+                    )
+                came = 0 if digest is None else length
+                buffer[came:width] = bytes(width - came)
                 self._ready.put_nowait(Part(buffer[:width], digest, buffer))
         except (PeerError, ProtectionError, FragmentError) as error:
             self._ready.put_nowait(error)
