@@ -24,6 +24,7 @@ from lightning_mnemo.signals import StopSignals
 from mnemo import faults
 from mnemo.config import load_config
 from mnemo.errors import NothingToResumeError
+from mnemo.session import prefetch
 from mnemo.session.keeper import End, Keeper
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.report import say
@@ -53,7 +54,7 @@ class MnemoCallback(pl.Callback):
     """
 
     def __init__(self, config: str | Path | None = None, **sections: Unpack[Sections]) -> None:
-        """Read the configuration; nothing else happens before ``fit``.
+        """Read the configuration; in a restarted rank, begin to read its newest snapshot.
 
         Args:
             config: YAML file; None reads environment and defaults only.
@@ -63,6 +64,7 @@ class MnemoCallback(pl.Callback):
             ConfigError: A setting is unknown or wrong.
         """
         self._config = load_config(config, **sections)
+        prefetch.begin(self._config)
         self._keeper: Keeper | None = None
         self._resume: Resume | None = None
         self._boundaries: Boundaries | None = None
@@ -75,6 +77,7 @@ class MnemoCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Every rank, when the process group is there and before anything is restored."""
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            prefetch.drop()
             return
         require_supported(trainer, MnemoCallback)
         self._done = False

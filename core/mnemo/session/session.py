@@ -11,7 +11,7 @@ import torch
 
 from mnemo.config import load_config
 from mnemo.errors import ModelChangedError
-from mnemo.session import report
+from mnemo.session import prefetch, report
 from mnemo.session.attributes import AttributeWatch
 from mnemo.session.exactness import first_sum_differs
 from mnemo.session.identity import data_fingerprint, optimizer_fingerprint, script_fingerprint
@@ -56,6 +56,8 @@ class Session:
     ) -> None:
         """Open the session. Nothing is restored before `batches` begins.
 
+        In a restarted rank the newest snapshot is read meanwhile, in the background.
+
         Args:
             config: YAML file; None reads the environment and defaults only.
             model: The model, wrapped or not.
@@ -68,6 +70,7 @@ class Session:
             ConfigError: A setting is wrong.
         """
         self._config = load_config(config, **sections)
+        prefetch.begin(self._config)
         self._model = model
         self._optimizer = optimizer
         self._scheduler = scheduler

@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from mnemo.errors import IntegrityError, MnemoError, StorageError
+from mnemo.session import prefetch
 from mnemo.smp import messages as m
 from mnemo.smp.link import Link
 from mnemo.smp.persist import part_name
 from mnemo.smp.segment import TensorEntry
+from mnemo.snapshot.layout import Bytes
 from mnemo.snapshot.restore import Source, read_state
 from mnemo.storage import Checkpoint, CheckpointStore
 from mnemo.transport.local import close_all
@@ -75,13 +77,16 @@ class MemorySource:
             generation = fetched.generation
             if generation is None or generation.tick <= newer_than:
                 close_all(fds)
+                prefetch.drop()
                 return None
             try:
                 sources = {}
                 for fd in fds:
                     source = Source.of_fd(fd)
                     sources[source.meta.rank] = source
-                return _candidate(sources, self._rank, self._secret, "memory")
+                return _candidate(
+                    sources, self._rank, self._secret, "memory", prefetch.take(sources, self._rank)
+                )
             except IntegrityError as error:
                 log.warning("the snapshot of step %d is not used: %s", generation.step, error)
                 below = generation.tick
@@ -170,9 +175,13 @@ def read_sources(store: CheckpointStore, checkpoint: Checkpoint) -> dict[int, So
 
 
 def _candidate(
-    sources: dict[int, Source], rank: int, secret: bytes | None, origin: str
+    sources: dict[int, Source],
+    rank: int,
+    secret: bytes | None,
+    origin: str,
+    tensors: list[Bytes] | None = None,
 ) -> Candidate:
-    state = read_state(sources, rank, secret)
+    state = read_state(sources, rank, secret, tensors)
     mine = sources[rank]
     return Candidate(
         mine.header.tick, mine.header.step, state, mine.meta.tensors, mine.meta.identity, origin

@@ -105,7 +105,12 @@ def _require_sealed(header: Header) -> None:
         raise IntegrityError(f"the snapshot of step {header.step} was never completed")
 
 
-def read_state(sources: Mapping[int, Source], rank: int, secret: bytes | None) -> Any:
+def read_state(
+    sources: Mapping[int, Source],
+    rank: int,
+    secret: bytes | None,
+    tensors: list[Bytes] | None = None,
+) -> Any:
     """The nested state that ``rank`` captured.
 
     Args:
@@ -113,6 +118,7 @@ def read_state(sources: Mapping[int, Source], rank: int, secret: bytes | None) -
         rank: Whose state.
         secret: The run's secret, to check the MAC of the small part; None where the bytes come
             from the user's own storage and no secret outlived the run.
+        tensors: What `read_tensors` has read of these very segments before.
 
     Raises:
         IntegrityError: Bytes fail their checksum or MAC, or a part is missing.
@@ -125,7 +131,7 @@ def read_state(sources: Mapping[int, Source], rank: int, secret: bytes | None) -
         raise IntegrityError(
             f"the small state of rank {rank} at step {mine.header.step} fails its MAC"
         )
-    memory = _gather(mine.meta, [mine, *(s for r, s in sources.items() if r != rank)])
+    memory = read_tensors(sources, rank) if tensors is None else tensors
     entries = mine.meta.tensors
     try:
         return tree.unpack(
@@ -137,6 +143,20 @@ def read_state(sources: Mapping[int, Source], rank: int, secret: bytes | None) -
         raise IntegrityError(
             f"the small state of rank {rank} at step {mine.header.step} cannot be opened: {error}"
         ) from error
+
+
+def read_tensors(sources: Mapping[int, Source], rank: int) -> list[Bytes]:
+    """Fresh memory of every tensor that ``rank`` captured, filled and checked.
+
+    Args:
+        sources: Segments of the generation by rank, that of ``rank`` among them.
+        rank: Whose state.
+
+    Raises:
+        IntegrityError: Bytes fail their checksum, or a part is missing.
+    """
+    mine = sources[rank]
+    return _gather(mine.meta, [mine, *(s for r, s in sources.items() if r != rank)])
 
 
 def _gather(meta: Meta, sources: list[Source]) -> list[Bytes]:
