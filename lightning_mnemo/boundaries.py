@@ -16,6 +16,7 @@ from lightning_mnemo.extras import Extras
 from lightning_mnemo.metrics import capture_metrics
 from lightning_mnemo.resume import Resume
 from mnemo import faults
+from mnemo.session.announce import note_interrupted
 from mnemo.session.keeper import Keeper
 from mnemo.session.stop import leave
 from mnemo.smp.board import Position
@@ -49,6 +50,8 @@ class Boundaries:
         self._extras.watch_optimizers(keeper)
         self._number = 0
         self._steps_before = 0
+        self._begun = False
+        """Whether the line of this start has been said."""
         self.loss: torch.Tensor | None = None
         """Of the newest batch."""
 
@@ -65,6 +68,18 @@ class Boundaries:
         """The fit is over."""
         self._extras.undo()
 
+    def left_early(self) -> None:
+        """An exception ends the fit: whatever it has done since the last boundary is lost."""
+        keeper = self._keeper
+        if self._begun:
+            note_interrupted(
+                keeper.journal,
+                run=keeper.identity.run_id,
+                fit=keeper.fit,
+                rank=keeper.place.rank,
+                step=self._steps_done(),
+            )
+
     def _around_epoch_end(self, trainer: pl.Trainer, original: Callable[[], None]) -> None:
         self._weights_may_change()
         original()
@@ -76,6 +91,7 @@ class Boundaries:
             self._data.begin_epoch()
         original(fetcher)
         restored = self._resume.go_on(fetcher, self._extras)
+        self._begun = True
         self._steps_before = trainer.global_step
         if restored is None:
             return
@@ -134,9 +150,7 @@ class Boundaries:
     def _take(self, tick: int, *, validation_pending: bool = False) -> None:
         trainer, keeper = self._trainer, self._keeper
         progress = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        # Lightning counts no steps of optimizers that are stepped behind its back.
-        step = trainer.global_step or self._number
-        position = Position(tick, step, trainer.current_epoch, progress, time.time())
+        position = Position(tick, self._steps_done(), trainer.current_epoch, progress, time.time())
         keeper.boundary(
             position,
             lambda: self._state(validation_pending=validation_pending),
@@ -146,6 +160,10 @@ class Boundaries:
         )
         if keeper.stopping:
             leave(keeper, trainer.global_step)
+
+    def _steps_done(self) -> int:
+        """Of the whole run; Lightning counts none of optimizers stepped behind its back."""
+        return self._trainer.global_step or self._number
 
     def _state(self, *, validation_pending: bool) -> dict[str, Any]:
         """Everything that the next batch depends on, by reference."""

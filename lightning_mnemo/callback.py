@@ -82,7 +82,7 @@ class MnemoCallback(pl.Callback):
         require_supported(trainer, MnemoCallback)
         self._done = False
         replicas = isinstance(trainer.strategy, DDPStrategy)
-        place = current_place(self._config, replicas=replicas, device=trainer.strategy.root_device)
+        place = current_place(replicas=replicas, device=trainer.strategy.root_device)
         self._keeper = keeper = Keeper(
             self._config, shared_identity(self._config), place, next_fit()
         )
@@ -103,7 +103,7 @@ class MnemoCallback(pl.Callback):
             return
         keeper.begin(fingerprints(trainer))
         if resume.restored is None:
-            keeper.announce(None)
+            resume.announce_without()
             keeper.reserve(expected_size(pl_module, trainer.optimizers))
         if keeper.place.rank == 0:
             for line in what_is_off(trainer):
@@ -168,6 +168,8 @@ class MnemoCallback(pl.Callback):
     ) -> None:
         """The training ended by an error, a signal or Ctrl-C; only the last wants nothing kept."""
         wanted = not isinstance(exception, KeyboardInterrupt)
+        if wanted and self._boundaries is not None:
+            self._boundaries.left_early()
         self._close(End.INTERRUPTED if wanted else End.GIVEN_UP)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from mnemo.session.identity import data_fingerprint, fingerprint, script_fingerprint
+from mnemo.session.identity import (
+    data_fingerprint,
+    fingerprint,
+    optimizer_fingerprint,
+    script_fingerprint,
+)
 
 
 def fingerprints(trainer: pl.Trainer) -> dict[str, str]:
     """By the words in which a change is reported."""
     found = {
-        "optimizer": _optimizers(trainer),
+        "optimizer": optimizer_fingerprint(trainer.optimizers),
         "hyperparameters": fingerprint(
             repr(sorted(dict(trainer.lightning_module.hparams).items(), key=str))
         ),
@@ -22,12 +27,3 @@ def fingerprints(trainer: pl.Trainer) -> dict[str, str]:
     if loader is not None and not reloads:
         found["data"] = data_fingerprint(loader.flattened)
     return found
-
-
-def _optimizers(trainer: pl.Trainer) -> str:
-    """Only the first group of each optimizer: unfreezing adds groups while training."""
-    described = [
-        (type(o).__qualname__, [len(g["params"]) for g in o.param_groups[:1]])
-        for o in trainer.optimizers
-    ]
-    return fingerprint(repr(described))

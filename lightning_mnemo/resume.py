@@ -16,6 +16,7 @@ from lightning_mnemo.data import DataPosition
 from lightning_mnemo.extras import Extras
 from lightning_mnemo.metrics import restore_metrics
 from lightning_mnemo.outputs import Outputs
+from mnemo.session.announce import Start
 from mnemo.session.exactness import first_sum_differs
 from mnemo.session.finder import Restored
 from mnemo.session.keeper import Keeper
@@ -48,6 +49,8 @@ class Resume:
         self._order_unchecked = False
         self.restored = restored
         """What is to be gone on from; None once that is done."""
+        self.lightnings: tuple[str, int] | None = None
+        """File and step that Lightning itself goes on from."""
         self.data = DataPosition(trainer, seed_samples=seed_samples)
         self.outputs = Outputs(trainer)
         if restored is not None:
@@ -127,25 +130,18 @@ class Resume:
         """
         step = self._trainer._checkpoint_connector._loaded_checkpoint["global_step"]
         restored = self.restored
-        if restored is None:
-            why = f"there is no snapshot: Lightning goes on from {path}, step {step}"
-        elif path in _found_by_lightning(self._trainer):
-            if restored.step >= step:
+        if restored is not None:
+            why = f"fit(ckpt_path={path!r}) was asked for"
+            if path in _found_by_lightning(self._trainer):
+                if restored.step >= step:
+                    return
+                why = f"{path} is of step {step}"
+            elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0:
                 return
-            why = (
-                f"Lightning goes on from {path}, step {step}: the snapshot in {restored.origin} "
-                f"is of step {restored.step} and is given up"
-            )
-        elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0:
-            return
-        else:
-            why = (
-                f"fit(ckpt_path={path!r}) was asked for: the snapshot of step {restored.step} in "
-                f"{restored.origin} is given up"
-            )
-        if self._trainer.is_global_zero:
-            say(why)
+            if self._trainer.is_global_zero:
+                say(f"{why}: the snapshot of step {restored.step} in {restored.origin} is given up")
         self.restored = None
+        self.lightnings = (path, step)
         self.data.forget()
 
     def go_on(self, fetcher: Any, extras: Extras) -> Restored | None:
@@ -169,6 +165,15 @@ class Resume:
             restored, exact=not inexact, note="; ".join(filter(None, [repeated, *inexact]))
         )
         return restored
+
+    def announce_without(self) -> None:
+        """The line of a start that goes on from no snapshot."""
+        keeper = self._keeper
+        if self.lightnings is None:
+            keeper.announce(None)
+        elif keeper.place.rank == 0:
+            start = Start(keeper.config, keeper.identity, keeper.fit, keeper.place.world_size)
+            start.goes_on_from(keeper.journal, *self.lightnings, whose="Lightning")
 
     def check_order(self) -> None:
         """The first batch of a resumed epoch is there: its sampler has drawn everything again."""

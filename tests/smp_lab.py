@@ -181,6 +181,22 @@ class Rank:
             os.close(self.held.pop(index))
 
 
+def damage(pid: int) -> int:
+    """Flip a byte in each chunk of each segment that an SMP holds; how many segments."""
+    found = 0
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if not str(link.readlink()).startswith("/memfd:"):
+            continue
+        fd = os.open(link, os.O_RDWR)
+        with contextlib.suppress(MnemoError):  # the board
+            size = segment.read_header(fd).bulk_size
+            for place in range(PAGE, PAGE + size, CHUNK):
+                os.pwrite(fd, bytes([os.pread(fd, 1, place)[0] ^ 1]), place)
+            found += 1
+        os.close(fd)
+    return found
+
+
 def memory_of(pid: int) -> int:
     """Bytes of shared memory that process ``pid`` holds by descriptors."""
     total = 0

@@ -60,6 +60,13 @@ def test_what_has_changed_is_listed(lab: Lab, tmp_path: Path) -> None:
     assert record["what"] == ["data", "hyperparameters", "optimizer"]
 
 
+def test_another_learning_rate_is_a_change_of_the_optimizer(lab: Lab, tmp_path: Path) -> None:
+    killed(lab, tmp_path / "a")
+    life = lab.life("faster", tmp_path / "a", run_id="run")
+    assert "changed since the snapshot: optimizer\n" in life.said
+    assert "not exact (changed: optimizer)" in life.said
+
+
 def test_never_begins_anew_and_says_so(lab: Lab, tmp_path: Path) -> None:
     killed(lab, tmp_path / "a")
     life = lab.life("plain", tmp_path / "b", run_id="run", settings=NEVER)
@@ -92,6 +99,8 @@ def test_named_checkpoint_wins_over_memory(lab: Lab, tmp_path: Path) -> None:
     life = lab.life("named_checkpoint", out, run_id="run")
     assert life.codes == [0], life.said
     assert "was asked for: the snapshot of step 7 in memory is given up" in life.said
+    assert f"run run · Lightning goes on from {out / 'start.ckpt'} at step 3 · " in life.said
+    assert "fresh" not in life.said
     assert steps(out)[0] == 4
     assert {p: p.read_bytes() for p in logs} == logs  # an earlier life's logs stay as they are
 

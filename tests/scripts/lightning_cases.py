@@ -871,6 +871,18 @@ def changed(out):
     return Case(model, loader(64, batch_size=4), val())
 
 
+def faster(out):
+    """`plain` with another learning rate."""
+
+    class Faster(Net):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=2e-2)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.8)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    return Case(Faster(), loader(), val())
+
+
 def regrouped(out):
     """`plain` with its parameters in two groups."""
 

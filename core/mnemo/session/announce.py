@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mnemo.config import ResolvedConfig, Resume
@@ -38,15 +38,31 @@ class Start:
     def fresh(self, journal: Journal, *, damaged: int = 0) -> None:
         """Nothing is resumed, and why; ``damaged`` snapshots were there but could not be used."""
         why = "a new id at each launch" if not self.identity.stable else "no earlier snapshot"
-        if failure := _last_failure(journal):
-            why = f"rank {failure.get('rank')} {failure.get('cause')}, and no snapshot is left"
+        if cause := _cause(journal):
+            why = f"{cause}, and no snapshot is left"
         if damaged:
             why = f"{report.count(damaged, 'snapshot')} found, none of which can be used"
         if self.config.run.resume is Resume.never:
             why = "run.resume is never"
-        ranks = report.count(self.world_size, "rank")
-        report.say(f"run {self.identity.run_id} · fresh ({why}) · {ranks} · {self._frequency()}")
+        report.say(f"run {self.identity.run_id} · fresh ({why}) · {self._what_it_is()}")
         journal.write("start", resumed=False, why=why, **self._fields())
+
+    def goes_on_from(self, journal: Journal, file: str, step: int, *, whose: str) -> None:
+        """No snapshot is resumed, but a checkpoint that is none of mnemo's.
+
+        Args:
+            journal: Asked for the failure that led here.
+            file: The checkpoint.
+            step: Its step.
+            whose: Who goes on from it.
+        """
+        cause = _cause(journal)
+        words = f"{whose} goes on from {file} at step {step}"
+        report.say(
+            f"run {self.identity.run_id} · {f'{cause} → ' if cause else ''}{words} · "
+            f"{self._what_it_is()}"
+        )
+        journal.write("start", resumed=False, why=words, step=step, **self._fields())
 
     def resumed(self, journal: Journal, resumed: Resumed, *, since: float) -> None:
         """State was found: who failed, from where, what it cost.
@@ -58,9 +74,11 @@ class Start:
         """
         failure = _last_failure(journal)
         took = time.time() - (failure["time"] if failure else since)
-        cause = "an earlier life ended"
-        if failure:
-            cause = f"rank {failure.get('rank')} {failure.get('cause')}"
+        cause = _cause(journal) or "an earlier life ended"
+        reached = _left_at(journal, self.fit)
+        if reached is not None and reached >= resumed.step:
+            lost = max(resumed.steps_lost or 0, reached - resumed.step)
+            resumed = replace(resumed, steps_lost=lost)
         exactness = "exact" if resumed.exact else "not exact"
         extra = f" ({resumed.note})" if resumed.note else ""
         report.say(
@@ -76,6 +94,9 @@ class Start:
     def _fields(self) -> dict[str, Any]:
         return {"run": self.identity.run_id, "fit": self.fit, "world_size": self.world_size}
 
+    def _what_it_is(self) -> str:
+        return f"{report.count(self.world_size, 'rank')} · {self._frequency()}"
+
     def _frequency(self) -> str:
         every = self.config.snapshot.every
         if every is not None:
@@ -85,6 +106,39 @@ class Start:
 
 def _lost(steps: int | None) -> str:
     return "an unknown number of steps" if steps is None else report.count(steps, "step")
+
+
+def note_interrupted(journal: Journal, *, run: str, fit: int, rank: int, step: int) -> None:
+    """A training that has said its start is left early: the next start counts from here.
+
+    Args:
+        journal: The run's.
+        run: Its id.
+        fit: Which training of the process.
+        rank: Whose record it is.
+        step: Optimizer steps done, also those that no boundary has followed.
+    """
+    journal.write("interrupted", run=run, fit=fit, rank=rank, step=step)
+
+
+def _left_at(journal: Journal, fit: int) -> int | None:
+    """Steps that had been done when the last life of a fit left it early; None if unknown."""
+    reached = None
+    with contextlib.suppress(MnemoError, OSError):
+        for record in reversed(read(journal.path)):
+            if record.get("fit") != fit:
+                continue
+            if record.get("event") == "start":
+                break
+            if record.get("event") == "interrupted":
+                reached = max(reached or 0, int(record.get("step") or 0))
+    return reached
+
+
+def _cause(journal: Journal) -> str:
+    """Which rank failed how, and led to this start; empty if nobody has recorded that."""
+    failure = _last_failure(journal)
+    return f"rank {failure.get('rank')} {failure.get('cause')}" if failure else ""
 
 
 def _last_failure(journal: Journal) -> dict[str, Any] | None:

@@ -86,12 +86,15 @@ def script_fingerprint() -> str:
 
 
 def optimizer_fingerprint(optimizers: Iterable[torch.optim.Optimizer]) -> str:
-    """Of the optimizers' classes, what they were made with, and the sizes of their groups."""
+    """Of the optimizers' classes, what they were made with, and the sizes of their first groups.
+
+    Those of later groups may have been added while training.
+    """
     plain = (bool, int, float, str, tuple)
     described = [
         (
             type(o).__qualname__,
-            [len(g["params"]) for g in o.param_groups],
+            [len(g["params"]) for g in o.param_groups[:1]],
             sorted((k, v) for k, v in o.defaults.items() if isinstance(v, plain)),
         )
         for o in optimizers

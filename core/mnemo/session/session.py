@@ -11,7 +11,7 @@ import torch
 
 from mnemo.config import load_config
 from mnemo.errors import ModelChangedError
-from mnemo.session import prefetch, report
+from mnemo.session import announce, prefetch, report
 from mnemo.session.attributes import AttributeWatch
 from mnemo.session.exactness import first_sum_differs
 from mnemo.session.identity import data_fingerprint, optimizer_fingerprint, script_fingerprint
@@ -284,8 +284,17 @@ class Session:
 
     def _close(self, end: End) -> None:
         keeper, self._keeper = self._keeper, None
-        if keeper is not None:
-            keeper.close(end)
+        if keeper is None:
+            return
+        if end is End.INTERRUPTED:
+            announce.note_interrupted(
+                keeper.journal,
+                run=keeper.identity.run_id,
+                fit=keeper.fit,
+                rank=keeper.place.rank,
+                step=self._step,
+            )
+        keeper.close(end)
 
 
 def expected_size(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
