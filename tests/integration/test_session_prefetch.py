@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import pytest
 import smp_lab
 import torch
+from lightning_client import Lab, kill_at, until_it_ends
 
+from lightning_mnemo import MnemoCallback
 from mnemo.config import load_config
 from mnemo.session import prefetch
 from mnemo.session.identity import RunIdentity
@@ -26,10 +31,15 @@ from mnemo.snapshot import restore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+AHEAD_SCRIPT = Path(__file__).parents[1] / "scripts" / "lightning_ahead.py"
 SIZE = 300_000
 """Elements of the float32 tensor that is the state: more than one chunk."""
+
+
+AHEAD = "mnemo-prefetch"
+HERE = "MainThread"
+"""Threads that read."""
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +73,6 @@ def settle() -> None:
             thread.join(30.0)
 
 
-AHEAD = "mnemo-prefetch"
-HERE = "MainThread"
-
-
 def begin(**run: str) -> None:
     prefetch.begin(load_config(run={"id": "lab", **run}, snapshot={"every": 1}))
     settle()
@@ -81,8 +87,8 @@ def state(step: int) -> dict[str, torch.Tensor]:
     return {"w": torch.full((SIZE,), float(step))}
 
 
-def train(steps: int, end: End = End.INTERRUPTED) -> None:
-    """One life that is told to go on from the newest snapshot, and ends as it is told."""
+def train(steps: int) -> None:
+    """One life, which goes on from the newest snapshot and is interrupted."""
     one = keeper()
     found = one.find()
     done = 0 if found is None else found.step
@@ -94,19 +100,16 @@ def train(steps: int, end: End = End.INTERRUPTED) -> None:
     for step in range(done + 1, done + steps + 1):
         one.boundary(Position(2 * step, step, 0, step, time.time()), lambda s=step: state(s))  # type: ignore[misc]
         assert one.settle()
-    one.close(end)
+    one.close(End.INTERRUPTED)
 
 
 @contextlib.contextmanager
 def left_by(steps: int) -> Iterator[None]:
     """An earlier life took ``steps`` snapshots and was interrupted."""
-    train(steps)
-    prefetch._begun.clear()
-    try:
+    with smp_lab.run_directory():
+        train(steps)
+        prefetch._begun.clear()
         yield
-    finally:
-        last = keeper()
-        last.close(End.GIVEN_UP)
 
 
 def found() -> tuple[int, int]:
@@ -121,10 +124,10 @@ def found() -> tuple[int, int]:
         one.close(End.INTERRUPTED)
 
 
-def damage(below: int = 0) -> None:
+def damage() -> None:
     """Flip a byte of the newest snapshot."""
     one = keeper()
-    _, fds = one._link.ask(m.Fetch(below), m.Fetched)
+    _, fds = one._link.ask(m.Fetch(), m.Fetched)
     before = os.pread(fds[0], 1, PAGE + 1000)
     os.pwrite(fds[0], bytes([before[0] ^ 1]), PAGE + 1000)
     os.close(fds[0])
@@ -282,6 +285,7 @@ def test_a_dead_snapshot_process_is_no_error(readers: list[str]) -> None:
         assert readers == []
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_process_forked_meanwhile_reads_for_itself(
     monkeypatch: pytest.MonkeyPatch, readers: list[str]
 ) -> None:
@@ -298,8 +302,30 @@ def test_a_process_forked_meanwhile_reads_for_itself(
         prefetch.begin(load_config(run={"id": "lab"}))
         child = os.fork()
         if not child:
-            os._exit(0 if prefetch.take({}, 0) is None else 1)
+            code = 1
+            try:
+                code = 0 if prefetch.take({}, 0) is None else 2
+            finally:
+                os._exit(code)
         assert os.waitpid(child, 0)[1] == 0
         forked.set()
         assert found() == (2, 0)
         assert readers == [AHEAD]
+
+
+def test_a_callback_that_does_not_train_lets_go(readers: list[str]) -> None:
+    with left_by(2):
+        callback = MnemoCallback(run={"id": "lab"})
+        settle()
+        assert readers == [AHEAD]
+        callback.setup(pl.Trainer(accelerator="cpu", logger=False), pl.LightningModule(), "test")
+        assert prefetch._begun == [None]
+
+
+def test_ranks_that_train_with_lightning_read_ahead(lab: Lab, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [AHEAD_SCRIPT, "--strategy=ddp", "--devices=2"]
+    live = functools.partial(lab.script, out, *command, ranks=2, OUT=str(out))
+    until_it_ends(live, out, kill_at("forward:3", rank=1))
+    for rank in (0, 1):
+        assert (out / f"readers-{rank}").read_text().split() == [AHEAD]
