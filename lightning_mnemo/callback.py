@@ -82,7 +82,7 @@ class MnemoCallback(pl.Callback):
         require_supported(trainer, MnemoCallback)
         self._done = False
         replicas = isinstance(trainer.strategy, DDPStrategy)
-        place = current_place(replicas=replicas, device=trainer.strategy.root_device)
+        place = current_place(self._config, replicas=replicas, device=trainer.strategy.root_device)
         self._keeper = keeper = Keeper(
             self._config, shared_identity(self._config), place, next_fit()
         )

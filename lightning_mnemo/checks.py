@@ -34,11 +34,6 @@ def require_supported(trainer: object, callback: type[pl.Callback]) -> None:
     count = sum(isinstance(c, callback) for c in callbacks)
     if count > 1:
         raise ConfigError(f"the Trainer has {count} MnemoCallbacks: give it one")
-    if trainer.num_nodes > 1:
-        raise ConfigError(
-            f"num_nodes is {trainer.num_nodes}: this version of mnemo protects one node. Use "
-            "num_nodes=1, or train without the callback"
-        )
     strategy = trainer.strategy
     supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
     if not supported or isinstance(strategy, DeepSpeedStrategy):

@@ -37,7 +37,7 @@ class Smp:
         self._board = -1
 
     def join(self) -> None:
-        """Have all ranks take their places, one after the other."""
+        """Have all ranks take their places, one after the other; `recall` has to follow."""
         for number in range(RANKS):
             client = lifecycle.ensure(self.paths)
             rank = lab.Rank(client, number)
@@ -48,6 +48,13 @@ class Smp:
                 os.close(fds[0])
             else:
                 self._board = fds[0]
+
+    def recall(self) -> m.Recalled:
+        """Wait until what other nodes keep of this one has come back."""
+        while True:
+            found, _ = self.ranks[0].client.ask(m.Recall(), m.Recalled)
+            if found.over:
+                return found
 
     def replace_process(self) -> None:
         """The snapshot process dies alone; the ranks hand what they hold to another."""
@@ -105,9 +112,7 @@ def group_of(number: int, parities: int, directory: Path) -> Iterator[list[Smp]]
     smps = [
         Smp(
             directory,
-            m.ProtectSettings(
-                name, names, parities, addresses, "127.0.0.1", str(addresses[name][1])
-            ),
+            m.ProtectSettings(name, names, parities, addresses),
         )
         for name in names
     ]
@@ -117,6 +122,14 @@ def group_of(number: int, parities: int, directory: Path) -> Iterator[list[Smp]]
         for smp in smps:
             smp.hang_up()
             lab.end(smp.paths)
+
+
+def all_join(smps: list[Smp]) -> None:
+    """Each as `mnemo.session` has it: all join, then what was lost comes back."""
+    for smp in smps:
+        smp.join()
+    for smp in smps:
+        assert smp.recall().unreachable == ()
 
 
 def all_protect(smps: list[Smp], step: int) -> None:
@@ -133,8 +146,7 @@ def test_lost_nodes_come_back_with_what_their_ranks_had_committed(
     number: int, parities: int, tmp_path: Path, seed: int
 ) -> None:
     with group_of(number, parities, tmp_path) as smps:
-        for smp in smps:
-            smp.join()
+        all_join(smps)
         for tick in (1, 2, 3):
             for smp in smps:
                 smp.write(tick)
@@ -144,8 +156,7 @@ def test_lost_nodes_come_back_with_what_their_ranks_had_committed(
         lost = random.Random(seed).sample(smps, parities)
         for smp in lost:
             smp.kill()
-        for smp in lost:
-            smp.join()
+        all_join(lost)
         for smp in lost:
             for rank in smp.ranks:
                 assert rank.newest() == (3, {i: lab.content(i, 3) for i in range(RANKS)})
@@ -160,8 +171,7 @@ def test_lost_nodes_come_back_with_what_their_ranks_had_committed(
 @pytest.mark.usefixtures("secret_file")
 def test_training_that_went_back_is_protected_anew(tmp_path: Path) -> None:
     with group_of(3, 1, tmp_path) as smps:
-        for smp in smps:
-            smp.join()
+        all_join(smps)
         for tick in (1, 2):
             for smp in smps:
                 smp.write(tick)
@@ -180,8 +190,8 @@ def test_training_that_went_back_is_protected_anew(tmp_path: Path) -> None:
 def test_a_snapshot_process_that_dies_alone_takes_part_again(position: int, tmp_path: Path) -> None:
     """Its segments come back from its ranks, so nothing is rebuilt; its parities are made anew."""
     with group_of(3, 1, tmp_path) as smps:
+        all_join(smps)
         for smp in smps:
-            smp.join()
             smp.write(1)
         all_protect(smps, 10)
         smps[position].replace_process()
@@ -191,15 +201,15 @@ def test_a_snapshot_process_that_dies_alone_takes_part_again(position: int, tmp_
                 smp.write(tick)
             all_protect(smps, 10 * tick)
         smps[1].kill()
-        smps[1].join()
+        all_join(smps[1:2])
         assert smps[1].ranks[0].newest() == (3, {i: lab.content(i, 3) for i in range(RANKS)})
 
 
 @pytest.mark.usefixtures("secret_file")
 def test_a_training_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
     with group_of(3, 1, tmp_path) as smps:
+        all_join(smps)
         for smp in smps:
-            smp.join()
             smp.write(1)
         all_protect(smps, 10)
         pids = [smp.ranks[0].client.pid for smp in smps]

@@ -221,8 +221,8 @@ def test_overrides_cross_to_another_process() -> None:
             ),
         ),
         (
-            "protect:\n  nodes: 4+2",
-            "protect.nodes is not available in this version (in mnemo.yaml, line 2). Leave it out.",
+            "predict:\n  gate: 4",
+            "predict.gate is not available in this version (in mnemo.yaml, line 2). Leave it out.",
         ),
     ],
 )

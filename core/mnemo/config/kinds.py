@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mnemo.config.units import format_duration, format_fraction, parse_duration, parse_fraction
+from mnemo.config.units import (
+    format_duration,
+    format_fraction,
+    format_size,
+    parse_duration,
+    parse_fraction,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +31,9 @@ _SWITCH: Final = {
 }
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _INTERFACE: Final = re.compile(r"(?!\.{1,2}$)[^\s/:]{1,15}")
+_MOST_NODES: Final = 256
+"""Of one group: fragments of a code over GF(2^8)."""
+_LONGEST_LABEL: Final = 128
 _PASSWORD: Final = re.compile(r"://[^/@]*:[^/]*@")
 
 
@@ -101,6 +111,39 @@ def _name(text: str) -> str:
     return text
 
 
+def parse_code(text: str) -> tuple[int, int]:
+    """Read an erasure code such as ``4+2``: nodes with data, nodes with parities.
+
+    Raises:
+        ValueError: The text is none, or has more than 256 nodes.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,3})\s*\+\s*([0-9]{1,3})\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a code such as 4+2")
+    data, parities = int(match[1]), int(match[2])
+    if data < 1 or parities < 1 or data + parities > _MOST_NODES:
+        raise ValueError(f"{text!r} is no code of at most {_MOST_NODES} nodes")
+    return data, parities
+
+
+def _code(text: str) -> str:
+    return "{}+{}".format(*parse_code(text)) if text.strip() else ""
+
+
+def _label(text: str) -> str:
+    if len(text) > _LONGEST_LABEL:
+        raise ValueError(f"{text!r} is too long for a label")
+    return _plain(text).strip()
+
+
+def _rate(text: str) -> float:
+    lowered = text.strip().lower()
+    rate = float(parse_size(lowered.removesuffix("/s")))
+    if rate <= 0:
+        raise ValueError(f"{text!r} lets nothing through")
+    return rate
+
+
 def _plain(text: str) -> str:
     if not text.isprintable():
         raise ValueError(f"{text!r} has control characters")
@@ -164,6 +207,17 @@ INTERFACE: Final = Kind(
     "the name of a network interface (up to 15 characters) or one of its IP addresses", _interface
 )
 PORTS: Final = Kind("a port or a range of ports within 1 to 65535, such as 5000-5100", _ports)
+CODE: Final = Kind(
+    "nodes with data and nodes with parities, each at least 1 and at most 256 together, "
+    "such as 4+2",
+    _code,
+)
+LABEL: Final = Kind("a label of at most 128 printable characters", _label)
+RATE: Final = Kind(
+    "bytes per second above 0, such as 100MB/s or 1GiB/s",
+    _rate,
+    lambda rate: f"{format_size(int(rate))}/s",
+)
 PATH: Final = Kind("a path", _path)
 NAMED_PATH: Final = Kind("a path that is not empty", _named_path)
 URL: Final = Kind(

@@ -11,7 +11,9 @@ from mnemo.config.kinds import without_password
 from mnemo.config.schema import (
     EXCLUSIVE,
     MnemoConfig,
+    NetworkConfig,
     PersistConfig,
+    ProtectConfig,
     RecoverConfig,
     RunConfig,
     SnapshotConfig,
@@ -63,6 +65,16 @@ class ResolvedConfig:
     def persist(self) -> PersistConfig:
         """Section ``persist``."""
         return self.config.persist
+
+    @property
+    def protect(self) -> ProtectConfig:
+        """Section ``protect``."""
+        return self.config.protect
+
+    @property
+    def network(self) -> NetworkConfig:
+        """Section ``network``."""
+        return self.config.network
 
     @property
     def recover(self) -> RecoverConfig:

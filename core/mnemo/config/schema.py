@@ -82,7 +82,16 @@ class SnapshotConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProtectConfig:
-    """Protection against the loss of whole nodes. Nothing to set in this version."""
+    """Protection against the loss of whole nodes."""
+
+    nodes: Annotated[str, kinds.CODE] = ""
+    """Size of the groups that nodes are divided into, as k+m: of k + m nodes, any m may be lost.
+    Empty: off."""
+    domain: Annotated[str, kinds.LABEL] = ""
+    """What this node fails together with, such as its rack: ``${oc.env:RACK}``. The nodes of a
+    group are taken from as many domains as there are. Empty: each node fails by itself."""
+    rate: Annotated[float | None, kinds.RATE] = None
+    """Bytes that a node sends to others, a second. None: 8 MB/s for each of its cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,13 +35,18 @@ class Restored:
     """Boundaries that counted as done before the run was begun anew."""
 
 
-def persist_settings(config: ResolvedConfig) -> m.PersistSettings | None:
-    """Where and how often checkpoints are stored, None if they are not."""
+def persist_settings(config: ResolvedConfig, node: str = "") -> m.PersistSettings | None:
+    """Where and how often checkpoints are stored, None if they are not.
+
+    Args:
+        config: The effective configuration.
+        node: This node's name, where there are several.
+    """
     to = config.persist.to
     if not to:
         return None
     url = to if "://" in to else str(Path(to).absolute())
-    return m.PersistSettings(url, config.persist.every, config.persist.keep)
+    return m.PersistSettings(url, config.persist.every, config.persist.keep, node)
 
 
 class Finder:
@@ -65,7 +70,7 @@ class Finder:
         self._storage: StorageSource | None = None
         self._url = persist.url if persist is not None else ""
         if persist is not None:
-            name = store_id(identity.run_id, fit)
+            name = store_id(identity.run_id, fit, persist.node)
             self._storage = StorageSource(persist, name, place.rank, place.members)
         self._launch = launch
 

@@ -20,10 +20,12 @@ from mnemo import faults
 from mnemo.config import Overrun, ResolvedConfig
 from mnemo.errors import MnemoError
 from mnemo.recovery.journal import Journal, journal_path
-from mnemo.session import afterwards, announce, report
+from mnemo.session import afterwards, announce, nodes, report
+from mnemo.session.accord import Accord
 from mnemo.session.finder import Finder, Restored, persist_settings
 from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
 from mnemo.session.losses import Losses
+from mnemo.session.pace import Pace
 from mnemo.session.place import Place
 from mnemo.session.sources import NOTHING
 from mnemo.smp import messages as m
@@ -32,7 +34,6 @@ from mnemo.smp.link import Link
 from mnemo.smp.memory import memory_limit, survival_domain
 from mnemo.smp.paths import RunPaths
 from mnemo.snapshot.engine import SnapshotEngine
-from mnemo.snapshot.frequency import Cadence
 from mnemo.snapshot.layout import Share
 from mnemo.snapshot.rng import capture_rng
 from mnemo.transport import auth
@@ -80,11 +81,24 @@ class Keeper:
         self.fit = fit
         self.paths = RunPaths.of(identity.run_id, config.run.dir)
         self.journal = Journal(journal_path(config.run.journal, identity.run_id))
-        self._persist = persist = persist_settings(config)
-        join = m.Join(fit, place.rank, place.members, config.snapshot.keep_alive, persist)
+        self._protection = protection = nodes.protection_of(config, place, self.paths)
+        node = "" if protection is None else protection.settings.node
+        self._persist = persist = persist_settings(config, node)
+        join = m.Join(
+            fit,
+            place.rank,
+            place.members,
+            config.snapshot.keep_alive,
+            persist,
+            None if protection is None else protection.settings,
+        )
         self._link = Link(
             self.paths, join, on_loss=lambda words: self.degraded("smp replaced", words)
         )
+        if protection is not None:
+            nodes.recall(self._link, place)
+        accord = Accord(place, self.degraded) if len(place.leaders) > 1 else None
+        self._pace = Pace(config.snapshot, place, self._link.board, accord)
         afterwards.give_back()
         faults.identify(rank=place.rank, smp_pid=self._link.smp_pid)
         self._secret = auth.load_or_create_secret(self.paths.secret)
@@ -92,15 +106,14 @@ class Keeper:
         self._finder = Finder(
             config, identity, place, self._link, self._secret, persist, fit, self._launch
         )
-        self._cadence = Cadence(config.snapshot.every, config.snapshot.overhead)
         self._engine: SnapshotEngine | None = None
-        self._last_boundary: float | None = None
-        self._captured_last = False
         self._stopping = False
         self._base = 0
         """Boundaries that count as done before the run was begun anew."""
         self._losses = Losses(self._link, self.degraded)
-        self._reached = max((p["step"] for p in self._link.board.positions()), default=0)
+        self._reached = place.agree(
+            max((p["step"] for p in self._link.board.positions()), default=0)
+        )[1]
         """Newest step that any rank had done when an earlier life ended."""
         self._opened = time.time()
         self._then: dict[str, str] = {}
@@ -137,7 +150,7 @@ class Keeper:
         require_same_model(restored.entries, model, paths, self.identity.run_id, restored.step)
         self._link.ask(m.Resume(restored.tick if restored.origin == "memory" else NOTHING), m.Done)
         self._base = restored.base
-        self._lead(restored.tick // 2)
+        self._pace.begin(restored.tick // 2)
         self._then = restored.fingerprints
 
     def forget(self) -> None:
@@ -150,7 +163,7 @@ class Keeper:
         newest = self._finder.newest_stored()
         every = self.config.snapshot.every or 1
         self._base = -(-(newest // 2 + 1) // every) * every
-        self._lead(self._base)
+        self._pace.begin(self._base)
 
     def begin(self, fingerprints: dict[str, str]) -> None:
         """Training starts now: snapshots can be taken from here on.
@@ -204,21 +217,21 @@ class Keeper:
         Raises:
             HostMemoryError: They will not; the message has the numbers.
         """
-        self._link.ask(m.Reserve(size // self._share.replicas, 3 if self._persist else 2), m.Done)
+        buffers = 3 if self._persist or self._protection else 2
+        self._link.ask(m.Reserve(size // self._share.replicas, buffers), m.Done)
         if self.place.rank == 0:
             survived = [what for what, survives in survival_domain().items() if survives]
+            beyond = "the node"
+            if self._protection is not None:
+                survived.append(f"the loss of {self._protection}")
+                beyond = f"{self._protection.group.parities + 1} of them"
             total = 2 * size // self._share.replicas * self.place.members
             limit = memory_limit()
             report.say(
                 f"{report.size(total)} of {report.size(limit.total)} {limit.bound} memory for "
-                f"snapshots · survives {', '.join(survived)} · not the loss of the node"
+                f"snapshots · survives {', '.join(survived)} · not the loss of {beyond}"
                 f"{self._finder.beyond_the_node()}"
             )
-
-    def _lead(self, boundary: int) -> None:
-        if self.place.local_rank == 0:
-            self._link.board.reset()
-            self._link.board.schedule(boundary + 1)
 
     # --- training -----------------------------------------------------------------------------
 
@@ -242,23 +255,30 @@ class Keeper:
             loss: This step's loss. A snapshot is only taken where it is finite, and the one before
                 is void if the first loss computed with it was not.
         """
-        now = time.perf_counter()
         position = replace(position, tick=position.tick + 2 * self._base)
-        board = self._link.board
-        board.report(self.place.local_rank, position)
+        self._link.board.report(self.place.local_rank, position)
         number, after = divmod(position.tick, 2)
         if not after:
             self._losses.observe(loss)
-            if self._last_boundary is not None and self.place.local_rank == 0:
-                self._cadence.observe(now - self._last_boundary, beside=self._captured_last)
-            self._last_boundary = now
-            self._captured_last = False
-        if self._stop_here(number) and not after:
-            self._stopping = True
-        if not self._is_due(number) and not self._stopping:
-            return
+            self._pace.reach(number)
+            self._stopping = self._stopping or self._pace.stops_at(number)
+        if self._pace.is_due(number) or self._stopping:
+            self._take(position, state, volatile, watch, loss)
+        if not after:
+            self._pace.leave()
+
+    def _take(
+        self,
+        position: Position,
+        state: Callable[[], object],
+        volatile: Callable[[], Collection[int]],
+        watch: tuple[str, ...],
+        loss: torch.Tensor | None,
+    ) -> None:
+        """A snapshot, unless a loss speaks against it; then the next one is due."""
         assert self._engine is not None
-        if not self._losses.allow(position, loss):
+        allowed = self._losses.allow(position, loss)
+        if not allowed:
             self._engine.counters.suspect += 1
         else:
             with self._never_fatal(position.step):
@@ -270,10 +290,10 @@ class Keeper:
                     volatile=volatile(),
                     watch=tuple("state." + w for w in watch),
                 )
-            self._captured_last = not after
             self._losses.captured(position.tick)
-        if self.place.local_rank == 0 and not after:
-            board.schedule(number + self._cadence.interval(self._engine.counters.copy_s))
+        number, after = divmod(position.tick, 2)
+        if not after:
+            self._pace.taken(number, self._engine.counters.copy_s, beside=allowed)
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the same step, with a snapshot; safe in signal handlers."""
@@ -283,19 +303,6 @@ class Keeper:
     def stopping(self) -> bool:
         """Whether this boundary is the one to stop at; its snapshot is under way."""
         return self._stopping
-
-    def _stop_here(self, number: int) -> bool:
-        """Any rank may ask, the leader names the step, which no other rank has passed yet."""
-        board = self._link.board
-        if self.place.local_rank == 0 and board.stop_requested() and board.stop_at() < 0:
-            board.set_stop(number + (self.place.members > 1))
-        return 0 <= board.stop_at() <= number
-
-    def _is_due(self, number: int) -> bool:
-        every = self.config.snapshot.every
-        if every is not None:
-            return number % every == 0
-        return self._link.board.is_scheduled(number)
 
     @contextlib.contextmanager
     def _never_fatal(self, step: int) -> Any:
@@ -315,7 +322,7 @@ class Keeper:
 
     def pause(self) -> None:
         """Something that is not a training step runs now: it does not count as step time."""
-        self._last_boundary = None
+        self._pace.pause()
 
     @property
     def counters(self) -> Any:
@@ -364,6 +371,8 @@ class Keeper:
 
     def close(self, end: End) -> None:
         """End this fit."""
+        if end is End.FINISHED:
+            self._pace.close()
         if self._engine is not None:
             self._engine.finish(60.0)
             self._engine.close()

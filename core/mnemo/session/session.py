@@ -182,7 +182,7 @@ class Session:
         """Restore, or begin anew; and the state of the random generators to go on with, if any."""
         replicas = isinstance(self._model, torch.nn.parallel.DistributedDataParallel)
         device = next((p.device for p in self._model.parameters()), None)
-        place = current_place(replicas=replicas, device=device)
+        place = current_place(self._config, replicas=replicas, device=device)
         keeper = Keeper(self._config, shared_identity(self._config), place, next_fit())
         try:
             restored = keeper.find()

@@ -152,16 +152,22 @@ class Commits:
 
     # --- to other nodes -----------------------------------------------------------------------
 
-    async def protect(
-        self, fit: int, settings: m.ProtectSettings, neighbours: Neighbours, *, empty: bool
-    ) -> None:
-        """Share generations with other nodes; if this one is ``empty``, bring back what it lost."""
+    def protect(self, fit: int, settings: m.ProtectSettings, neighbours: Neighbours) -> None:
+        """Share generations with other nodes; nothing happens before `take_part`."""
         if self._protection is None:
             segments = Segments(self._shelf, self._buffers, self._wake)
-            self._protection = Protection(
-                fit, settings, neighbours, segments, empty=empty and self.newest is None
-            )
-        await self._protection.ready()
+            self._protection = Protection(fit, settings, neighbours, segments)
+
+    def take_part(self, *, handed_over: bool) -> None:
+        """Begin, with what ranks hand over, or with what other nodes keep of this one."""
+        if self._protection is not None:
+            self._protection.start(empty=not handed_over and self.newest is None)
+
+    async def recalled(self) -> m.Recalled:
+        """How far what other nodes keep of this one has come back."""
+        if self._protection is None:
+            return m.Recalled(True, 0, 0)
+        return await self._protection.recalled()
 
     # --- end ----------------------------------------------------------------------------------
 

@@ -158,6 +158,12 @@ class Fit:
         self._over.update(self.shelf.ranks)
         await self.release()
 
+    async def recall(self, seat: Seat, request: m.Recall) -> Answer:
+        """See `m.Recall`."""
+        del seat, request
+        self.commits.take_part(handed_over=False)
+        return await self.commits.recalled(), []
+
     # --- generations --------------------------------------------------------------------------
 
     async def reserve(self, seat: Seat, request: m.Reserve) -> Answer:

@@ -60,19 +60,39 @@ class PersistSettings(msgspec.Struct, frozen=True, omit_defaults=True):
     url: str
     every_s: Seconds
     keep: Count
+    node: str = ""
+    """Where there are several nodes, which of them: each stores its own ranks' parts."""
 
 
 class ProtectSettings(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Protection over several nodes: who this node is, its group, and where the others are."""
+    """Protection over several nodes: who this node is, its group, and where all of them listen."""
 
     node: str
     group: tuple[str, ...]
     """Names of all nodes of the group, in an order that is the same everywhere."""
     parities: Annotated[int, msgspec.Meta(ge=1, le=255)]
     addresses: dict[str, tuple[str, int]]
-    """Host and port of each node, as far as they are known."""
+    """Host and port of each node of the group, this one included."""
+    bytes_per_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Most that this node sends of fragments; None: `mnemo.protect.neighbours.default_rate`."""
+
+
+class Listen(Message, frozen=True):
+    """Other nodes will want to connect: begin to listen. See `mnemo.transport.address.listen`.
+
+    Asked before `Join`, which has to know where the others do. An SMP listens once.
+    """
+
+    node: str
     interface: str = ""
     ports: str = ""
+
+
+class Listening(Message, frozen=True):
+    """Where other nodes connect."""
+
+    host: str
+    port: int
 
 
 class Join(Message, frozen=True):
@@ -102,6 +122,23 @@ class Generation(msgspec.Struct, frozen=True):
 
     tick: int
     step: int
+
+
+class Recall(Message, frozen=True):
+    """Have what other nodes keep of this one brought back, if it has lost it; ask until it is over.
+
+    The other nodes' ranks have joined by then, so that whoever does not answer is lost.
+    """
+
+
+class Recalled(Message, frozen=True):
+    """How far it is, in bytes."""
+
+    over: bool
+    done: int
+    total: int
+    unreachable: tuple[str, ...] = ()
+    """In words: nodes of the group that this one cannot connect to."""
 
 
 class Reserve(Message, frozen=True):
@@ -240,7 +277,9 @@ class Rollback(Message, frozen=True):
 
 Request = (
     Hello
+    | Listen
     | Join
+    | Recall
     | Reserve
     | Begin
     | Seal
@@ -262,7 +301,9 @@ Reply = (
     | Welcome
     | Failure
     | Done
+    | Listening
     | Joined
+    | Recalled
     | Granted
     | Sealed
     | Fetched

@@ -33,9 +33,10 @@ def part_name(rank: int) -> str:
     return f"rank-{rank:05d}.seg"
 
 
-def store_id(run_id: str, fit: int) -> str:
-    """Name under which a fit's checkpoints are stored."""
-    return run_id if fit == 0 else f"{run_id}.fit-{fit}"
+def store_id(run_id: str, fit: int, node: str = "") -> str:
+    """Name under which a fit's checkpoints are stored, those of each node by themselves."""
+    parts = [run_id, f"fit-{fit}" if fit else "", node]
+    return ".".join(part for part in parts if part)
 
 
 def verified_stream(fd: int) -> Iterator[bytes]:
@@ -69,7 +70,7 @@ class Persister:
 
     def __init__(self, settings: PersistSettings, run_id: str, fit: int, clock: Clock) -> None:
         self._settings = settings
-        self._store_id = store_id(run_id, fit)
+        self._store_id = store_id(run_id, fit, settings.node)
         self._clock = clock
         self._last = clock.monotonic()
         self._thread: threading.Thread | None = None

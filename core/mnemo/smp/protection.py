@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from mnemo.erasure.stripes import Group
 from mnemo.errors import HostMemoryError, IntegrityError, MnemoError, ProtectionError
@@ -14,27 +14,13 @@ from mnemo.protect import Neighbours, Piece, Protector, Shard
 from mnemo.smp import segment
 from mnemo.smp.buffers import Buffers
 from mnemo.smp.memory import memory_limit
-from mnemo.smp.messages import ProtectSettings
+from mnemo.smp.messages import ProtectSettings, Recalled
 from mnemo.smp.shelf import Shelf, Slot
-from mnemo.transport.address import Address, listen
-from mnemo.transport.handshake import Identity
 from mnemo.types import GenerationState
 
 log = logging.getLogger("mnemo.smp.protection")
 
-
-def neighbours_of(settings: ProtectSettings, run_id: str, secret: bytes) -> Neighbours:
-    """Begin to listen to the other nodes.
-
-    Raises:
-        ConfigError: There is no such interface, or no port is free.
-    """
-    addresses = {node: Address(*address) for node, address in settings.addresses.items()}
-    return Neighbours(
-        Identity(node=settings.node, run=run_id, secret=secret),
-        listen(settings.interface, settings.ports),
-        addresses,
-    )
+_MOMENT_S: Final = 0.5
 
 
 class Segments:
@@ -136,52 +122,64 @@ class Protection:
     """One fit's protector, begun and ended with the fit."""
 
     def __init__(
-        self,
-        fit: int,
-        settings: ProtectSettings,
-        neighbours: Neighbours,
-        segments: Segments,
-        *,
-        empty: bool,
+        self, fit: int, settings: ProtectSettings, neighbours: Neighbours, segments: Segments
     ) -> None:
-        """Take part in the group.
+        """Answer the others of the group; `start` takes part in it.
 
         Args:
             fit: Its number.
             settings: The group.
             neighbours: How the others are reached.
             segments: What the fit has.
-            empty: Nothing is held here, nor will be handed over: this node is new, or replaces
-                another. What the others keep of it comes back first.
 
         Raises:
             ProtectionError: This node is not in its group.
             CodeError: There is no such group.
         """
         self._segments = segments
+        self._neighbours = neighbours
         self._protector = Protector(
             fit, Group(settings.group, settings.parities), neighbours, segments
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._begun = asyncio.get_running_loop().create_task(self._begin(empty))
+        self._start: asyncio.Task[None] | None = None
+        self._unreachable: tuple[str, ...] = ()
 
-    async def ready(self) -> None:
-        """Wait until what can come back has."""
-        await asyncio.shield(self._begun)
+    def start(self, *, empty: bool) -> None:
+        """Begin to protect what is committed; harmless a second time.
 
-    async def _begin(self, empty: bool) -> None:
+        Args:
+            empty: Nothing is held here, nor will be handed over: this node is new, or replaces
+                another. What the others keep of it comes back first.
+        """
+        if self._start is None:
+            self._start = asyncio.get_running_loop().create_task(self._run(empty))
+
+    async def _run(self, empty: bool) -> None:
         if empty:
-            try:
-                found = await self._protector.rebuild()
-            except ProtectionError as error:
-                log.warning("nothing comes back from the other nodes: %s", error)
-            except MnemoError as error:
-                log.error("what other nodes keep of this one cannot come back: %s", error)
-            else:
-                if found is not None:
-                    log.info("step %d came back from the other nodes", found.step)
-            self._segments.forget_made()
+            self._unreachable = tuple(map(str, await self._neighbours.find_unreachable()))
+            await self._rebuild()
         self._protector.start()
+
+    async def _rebuild(self) -> None:
+        try:
+            found = await self._protector.rebuild()
+        except ProtectionError as error:
+            log.warning("nothing comes back from the other nodes: %s", error)
+        except MnemoError as error:
+            log.error("what other nodes keep of this one cannot come back: %s", error)
+        else:
+            if found is not None:
+                log.info("step %d came back from the other nodes", found.step)
+        self._segments.forget_made()
+
+    async def recalled(self) -> Recalled:
+        """Where `start` is, after a moment in which it may end."""
+        if self._start is not None:
+            await asyncio.wait({self._start}, timeout=_MOMENT_S)
+        progress = self._protector.progress
+        over = self._start is None or self._start.done()
+        return Recalled(over, progress.done, progress.total, self._unreachable)
 
     def changed(self) -> None:
         """What is committed has changed."""
@@ -199,7 +197,9 @@ class Protection:
 
     async def close(self) -> None:
         """End it, and give back its memory and what it holds of the fit's."""
-        self._begun.cancel()
-        await asyncio.gather(self._begun, *self._tasks, return_exceptions=True)
+        if self._start is not None:
+            self._start.cancel()
+            self._tasks.add(self._start)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._protector.close()
         self._segments.forget_made()

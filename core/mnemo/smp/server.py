@@ -19,15 +19,16 @@ from typing import Any, Final
 import msgspec
 
 from mnemo.clock import Clock, SystemClock
-from mnemo.errors import MnemoError, ProtocolError, RunInUseError
-from mnemo.protect import Neighbours
+from mnemo.errors import ConfigError, IdentityError, MnemoError, ProtocolError, RunInUseError
+from mnemo.protect import Neighbours, default_rate
 from mnemo.smp import messages as m
 from mnemo.smp.board import Board
 from mnemo.smp.fits import Answer, Fit, Seat
 from mnemo.smp.paths import RunPaths
-from mnemo.smp.protection import neighbours_of
 from mnemo.smp.shelf import Slot
 from mnemo.transport import auth, local
+from mnemo.transport.address import Address, listen
+from mnemo.transport.handshake import Identity
 
 log = logging.getLogger("mnemo.smp")
 
@@ -40,6 +41,7 @@ _UNCOMMITTED_S: Final = 60.0
 _BREATHER_S: Final = 0.1
 
 _OF_SEATED: Final[dict[type[m.Message], Callable[[Fit, Seat, Any], Awaitable[Answer]]]] = {
+    m.Recall: Fit.recall,
     m.Reserve: Fit.reserve,
     m.Begin: Fit.begin,
     m.Seal: Fit.seal,
@@ -246,6 +248,8 @@ class Server:
     async def _handle(self, client: Connection, request: m.Request, fds: list[int]) -> Answer:
         if isinstance(request, m.Join):
             return await self._join(client, request, fds)
+        if isinstance(request, m.Listen):
+            return self._listen(request), []
         if isinstance(request, m.Fetch):
             return self._fetch(client, request)
         if isinstance(request, m.Status):
@@ -287,11 +291,38 @@ class Server:
         client.joined = True
         self._keep_alive_s = request.keep_alive_s
         if request.protect is not None:
-            if self._neighbours is None:
-                self._neighbours = neighbours_of(request.protect, self.paths.run_id, self._secret)
-            # One that hands over its board will hand over its segments: nothing is lost.
-            await fit.commits.protect(fit.number, request.protect, self._neighbours, empty=not fds)
+            self._protect(fit, request.protect, handed_over=bool(fds))
         return m.Joined(fit.commits.newest), [fit.board.fd]
+
+    def _listen(self, request: m.Listen) -> m.Listening:
+        if self._neighbours is None:
+            sock = listen(request.interface, request.ports)
+            me = Identity(node=request.node, run=self.paths.run_id, secret=self._secret)
+            self._neighbours = Neighbours(me, sock, {})
+        elif self._neighbours.name != request.node:
+            raise IdentityError(
+                f"this node was {self._neighbours.name} of run {self.paths.run_id}, and is "
+                f"{request.node} in this launch: give the ranks to the nodes as before, or give "
+                "it another run.id"
+            )
+        return m.Listening(*self._neighbours.address)
+
+    def _protect(self, fit: Fit, settings: m.ProtectSettings, *, handed_over: bool) -> None:
+        """Have ``fit`` protected; if ranks hand over what they hold, nothing of it is lost."""
+        if self._neighbours is None:  # this process replaces one that listened
+            host, port = settings.addresses[settings.node]
+            try:
+                self._listen(m.Listen(settings.node, host, str(port)))
+            except ConfigError as error:
+                log.error("other nodes do not find this one any more: %s", error)
+                return
+        assert self._neighbours is not None
+        self._neighbours.rate.change(settings.bytes_per_s or default_rate())
+        for node, (host, port) in settings.addresses.items():
+            self._neighbours.moved(node, Address(host, port))
+        fit.commits.protect(fit.number, settings, self._neighbours)
+        if handed_over:
+            fit.commits.take_part(handed_over=True)
 
     async def _over(self, client: Connection) -> None:
         """See `m.Over`."""

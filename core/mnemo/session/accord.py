@@ -1,0 +1,80 @@
+"""How nodes agree on the step to stop at and on the next snapshot; on one node the board does.
+
+What the nodes' leaders say at one boundary is known to all of them at the next, without anybody
+having waited: the exchange goes on beside forward and backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Final
+
+import torch
+import torch.distributed as dist
+
+from mnemo.session.place import Place
+
+log = logging.getLogger("mnemo")
+
+AHEAD: Final = 2
+"""Boundaries from what a leader says to what all can do by it."""
+_NOTHING: Final = -1
+
+
+class Accord:
+    """One rank's part; those that are not the first of their node make it and no more."""
+
+    def __init__(self, place: Place, degraded: Callable[[str, str], None]) -> None:
+        """Make a process group of the leaders. Collective, for all ranks."""
+        group = dist.new_group(list(place.leaders), backend="gloo")
+        self._group = group if place.local_rank == 0 else None
+        self._degraded = degraded
+        self._words = torch.zeros(2, dtype=torch.int64)
+        self._under_way: dist.Work | None = None
+
+    def hear(self) -> tuple[bool, int]:
+        """What was said at the boundary before.
+
+        Returns:
+            Whether any leader wants to stop, and the boundary of the next snapshot, -1 for none.
+        """
+        if self._under_way is None:
+            return False, _NOTHING
+        try:
+            self._under_way.wait()
+        except RuntimeError as error:
+            self._give_up(error)
+            return False, _NOTHING
+        self._under_way = None
+        return bool(self._words[0]), int(self._words[1])
+
+    def say(self, *, stop: bool, due: int = _NOTHING) -> None:
+        """Speak at this boundary.
+
+        Args:
+            stop: This node was asked to stop.
+            due: From rank 0: boundary of the next snapshot, at least `AHEAD` ahead.
+        """
+        if self._group is None:
+            return
+        self._words[0], self._words[1] = int(stop), due
+        try:
+            work = dist.all_reduce(self._words, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        except RuntimeError as error:
+            self._give_up(error)
+        else:
+            self._under_way = work
+
+    def _give_up(self, error: Exception) -> None:
+        """A node is lost; training is about to find that out by itself."""
+        self._under_way = self._group = None
+        self._degraded("nodes", f"they do not agree on snapshots any more: {error}")
+
+    def close(self) -> None:
+        """Say no more."""
+        group, self._group, self._under_way = self._group, None, None
+        if group is not None:
+            with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+                dist.destroy_process_group(group)

@@ -1,0 +1,142 @@
+"""The nodes of a run, as `protect.nodes` wants them: who listens where, who protects whom."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from mnemo.config import ResolvedConfig
+from mnemo.config.kinds import parse_code
+from mnemo.erasure.stripes import Group, make_groups
+from mnemo.errors import ConfigError
+from mnemo.session import report
+from mnemo.session.place import Place
+from mnemo.smp import lifecycle
+from mnemo.smp import messages as m
+from mnemo.smp.link import Link
+from mnemo.smp.paths import RunPaths
+
+
+class Node(msgspec.Struct, frozen=True):
+    """What a node tells the others: where it listens, and what it fails together with."""
+
+    host: str
+    port: int
+    domain: str
+
+
+@dataclass(frozen=True)
+class Protection:
+    """One node's part in the protection of a run."""
+
+    settings: m.ProtectSettings
+    group: Group
+
+    def __str__(self) -> str:
+        nodes, parities = len(self.group.nodes), self.group.parities
+        return f"{'one' if parities == 1 else f'any {parities}'} of {nodes} nodes"
+
+
+def protection_of(config: ResolvedConfig, place: Place, paths: RunPaths) -> Protection | None:
+    """Divide the nodes into groups, and have this one's snapshot process listen. Collective.
+
+    Returns:
+        None where there is but one node, or protection is off.
+
+    Raises:
+        ConfigError: There are several nodes and `protect.nodes` is not set, or they have no secret
+            in common, or this node cannot be reached as `network` says.
+        IdentityError: The ranks are given to the nodes in another order than before.
+    """
+    count = len(place.leaders)
+    if not config.protect.nodes:
+        if count > 1:
+            raise ConfigError(
+                f"{place.world_size} ranks on {count} nodes: give protect.nodes, such as "
+                f"{max(1, count - 1)}+1, so that what a lost node had can come back"
+            )
+        return None
+    data, parities = parse_code(config.protect.nodes)
+    if count == 1:
+        if place.rank == 0:
+            report.say(
+                f"protect.nodes is {config.protect.nodes}, and there is one node: nothing protects "
+                "against its loss"
+            )
+        return None
+    if not os.environ.get("MNEMO_SECRET_FILE"):
+        raise ConfigError(
+            f"protect.nodes is {config.protect.nodes}, and the {count} nodes need the same secret: "
+            "set MNEMO_SECRET_FILE on all of them to a file that you made with "
+            "'(umask 077; head -c 32 /dev/urandom > FILE)'"
+        )
+    nodes = _exchange(config, place, paths)
+    grouping = make_groups(
+        {name: node.domain for name, node in nodes.items()}, size=data + parities, parities=parities
+    )
+    if place.rank == 0:
+        for line in grouping.degraded:
+            report.say(line)
+    me = _name(place.node)
+    group = grouping.of(me)
+    assert group is not None  # there are at least two nodes
+    addresses = {name: (nodes[name].host, nodes[name].port) for name in group.nodes}
+    return Protection(
+        m.ProtectSettings(me, group.nodes, group.parities, addresses, config.protect.rate), group
+    )
+
+
+def _name(node: int) -> str:
+    return f"node-{node}"
+
+
+def _exchange(config: ResolvedConfig, place: Place, paths: RunPaths) -> dict[str, Node]:
+    """What all nodes tell, by name."""
+    with lifecycle.ensure(paths) as client:
+        network = config.network
+        request = m.Listen(_name(place.node), network.interface, network.ports)
+        at, _ = client.ask(request, m.Listening)
+    told = place.gather(msgspec.msgpack.encode(Node(at.host, at.port, config.protect.domain)))
+    return {
+        _name(i): msgspec.msgpack.decode(told[leader], type=Node)
+        for i, leader in enumerate(place.leaders)
+    }
+
+
+def recall(link: Link, place: Place) -> None:
+    """Have what a lost node had brought back, and say which nodes cannot be reached. Collective.
+
+    Returns when all nodes have what can be had.
+    """
+    place.agree(0)  # all ranks have joined: whoever does not answer now is lost
+    mine: m.Recalled | None = None
+    if place.local_rank == 0:
+        with _progress() as progress:
+            bar = progress.add_task(f"rank {place.rank}: what this node had comes back", total=None)
+            while mine is None or not mine.over:
+                mine, _ = link.ask(m.Recall(), m.Recalled)
+                progress.update(bar, completed=mine.done, total=mine.total or None)
+                progress.tasks[0].visible = mine.total > 0
+    told = place.gather(msgspec.msgpack.encode([] if mine is None else mine.unreachable))
+    if place.rank == 0:
+        for lines in told:
+            for line in msgspec.msgpack.decode(lines, type=list[str]):
+                report.say(line)
+
+
+def _progress() -> Progress:
+    """On a terminal only: it would fill a log."""
+    return Progress(
+        "{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
