@@ -44,6 +44,8 @@ class Cluster:
     steps: int
     settings: dict[str, str]
     """Environment of all ranks."""
+    own: dict[int, dict[str, str]] = field(default_factory=dict)
+    """What single nodes have besides."""
     lives: int = 0
     said: list[str] = field(default_factory=list)
     """What the ranks wrote to standard error, by life."""
@@ -53,10 +55,10 @@ class Cluster:
         self.secret = auth.load_or_create_secret(self.directory / "secret")
 
     def paths(self, node: int) -> RunPaths:
-        return RunPaths.of(RUN, self._home(node))
+        return RunPaths.of(RUN, self.home(node))
 
-    def _home(self, node: int) -> Path:
-        return self.directory / f"node-{node}"
+    def home(self, node: int) -> str:
+        return str(self.directory / f"node-{node}")
 
     @contextlib.contextmanager
     def life(self) -> Iterator[list[Life]]:
@@ -83,18 +85,23 @@ class Cluster:
             "RANK": str(rank),
             "WORLD_SIZE": str(self.nodes * self.ranks),
             "MNEMO_RUN_ID": RUN,
-            "MNEMO_RUN__DIR": str(self._home(rank // self.ranks)),
+            "MNEMO_RUN__DIR": self.home(rank // self.ranks),
             "MNEMO_SECRET_FILE": str(self.directory / "secret"),
             "MNEMO_NETWORK__INTERFACE": "lo",
             "MNEMO_PROTECT__RATE": "1GB/s",
             **self.settings,
+            **self.own.get(rank // self.ranks, {}),
         }
 
-    def run(self) -> None:
-        """A life to its good end."""
+    def run(self) -> str:
+        """A life to its good end; what was said."""
+        assert self.codes() == [0] * self.nodes * self.ranks, self.said[-1]
+        return self.said[-1]
+
+    def codes(self) -> list[int]:
+        """Exit codes of a life that ends by itself."""
         with self.life() as ranks:
-            codes = [rank.wait() for rank in ranks]
-        assert codes == [0] * len(ranks), self.said[-1]
+            return [rank.wait() for rank in ranks]
 
     def lose(self, ranks: list[Life], nodes: list[int]) -> None:
         """Kill all processes of ``nodes``; the ranks of the others end by themselves, or are."""
@@ -112,7 +119,7 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(record.pid, signal.SIGKILL)
             smp_lab.wait_for_exit(record.pid)
-        shutil.rmtree(self._home(node), ignore_errors=True)
+        shutil.rmtree(self.home(node), ignore_errors=True)
 
     def steps_done(self) -> int:
         """Of rank 0, all lives together."""
@@ -147,6 +154,11 @@ class Cluster:
         """Step that all nodes keep protected, -1 for none."""
         told = [self.status(node) for node in range(self.nodes)]
         return min(fit["protect"]["step"] if fit and fit["protect"] else -1 for fit in told)
+
+    def stored_steps(self) -> list[int]:
+        """Step of each node's newest checkpoint, -1 for none."""
+        told = [self.status(node) for node in range(self.nodes)]
+        return [fit["persist"]["newest_step"] if fit else -1 for fit in told]
 
     def close(self) -> None:
         """End the snapshot processes that are left."""

@@ -12,7 +12,6 @@ from mnemo.errors import IntegrityError, MnemoError, StorageError
 from mnemo.session import prefetch
 from mnemo.smp import messages as m
 from mnemo.smp.link import Link
-from mnemo.smp.persist import part_name
 from mnemo.smp.segment import TensorEntry
 from mnemo.snapshot.layout import Bytes
 from mnemo.snapshot.restore import Source, read_state
@@ -159,18 +158,18 @@ class StorageSource:
 
 
 def read_sources(store: CheckpointStore, checkpoint: Checkpoint) -> dict[int, Source]:
-    """All parts of a stored checkpoint, checked.
+    """All parts of a stored checkpoint by rank, checked.
 
     Raises:
         IntegrityError: A part is damaged.
         StorageError: A part cannot be read.
     """
     sources = {}
-    for rank in range(len(checkpoint.parts)):
-        part = checkpoint.part(part_name(rank))
+    for part in checkpoint.parts:
         buffer = bytearray(part.size)
         store.read_into(checkpoint, part.name, buffer)
-        sources[rank] = Source.of_bytes(memoryview(buffer))
+        source = Source.of_bytes(memoryview(buffer))
+        sources[source.meta.rank] = source
     return sources
 
 

@@ -1,0 +1,147 @@
+"""Trainings over several nodes: how they find each other, agree and degrade."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from nodes_lab import PATIENCE_S, Cluster
+
+from mnemo.types import EXIT_STATE_SAVED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from warm import Zygote
+
+
+@pytest.fixture
+def cluster(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Makes a cluster of ``nodes`` nodes with one rank each, and settings by variable."""
+    with contextlib.ExitStack() as stack:
+
+        def make(nodes: int = 2, *, steps: int = 20, ranks: int = 1, **settings: str) -> Cluster:
+            made = Cluster(zygote, tmp_path / "cluster", nodes, ranks, steps, settings)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def until(what: str, ready: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not ready():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def test_several_nodes_want_protection(cluster: Callable[..., Cluster]) -> None:
+    made = cluster()
+    assert made.codes() == [1, 1]
+    assert (
+        "ConfigError: 2 ranks on 2 nodes: give protect.nodes, such as 1+1, so that what a lost "
+        "node had can come back"
+    ) in made.said[0]
+
+
+def test_they_want_a_secret_in_common(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(MNEMO_PROTECT__NODES="1+1", MNEMO_SECRET_FILE="")
+    assert made.codes() == [1, 1]
+    assert "the 2 nodes need the same secret: set MNEMO_SECRET_FILE on all of them" in made.said[0]
+
+
+def test_another_secret_is_named_and_training_goes_on(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.touch(0o600)
+    other.write_bytes(b"x" * 32)
+    made = cluster(MNEMO_PROTECT__NODES="1+1")
+    made.own[1] = {"MNEMO_SECRET_FILE": str(other)}
+    said = made.run()
+    assert re.search(r"mnemo: node node-0 cannot reach node-1 at \S+: not authenticated", said)
+    assert re.search(r"mnemo: node node-1 cannot reach node-0 at \S+: not authenticated", said)
+
+
+def test_fewer_nodes_than_asked_for(cluster: Callable[..., Cluster]) -> None:
+    said = cluster(MNEMO_PROTECT__NODES="4+2").run()
+    assert (
+        "mnemo: 2 nodes where groups of 6 were asked for: one group of 2, which survives the loss "
+        "of 1\n"
+    ) in said
+    assert "survives" in said
+    assert "the loss of one of 2 nodes · not the loss of 2 of them" in said
+
+
+def test_one_node_alone(cluster: Callable[..., Cluster]) -> None:
+    said = cluster(1, ranks=2, MNEMO_PROTECT__NODES="4+2").run()
+    assert "there is one node: nothing protects against its loss" in said
+
+
+def test_nodes_that_fail_together_are_said(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(3, MNEMO_PROTECT__NODES="2+1")
+    made.own.update({n: {"MNEMO_PROTECT__DOMAIN": d} for n, d in enumerate(("a", "a", "b"))})
+    assert "domain a has 2 nodes of group 0, which survives the loss of 1" in made.run()
+
+
+def test_snapshots_within_a_budget_are_taken_of_the_same_steps(
+    cluster: Callable[..., Cluster],
+) -> None:
+    made = cluster(ranks=2, steps=200, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__OVERHEAD="20%")
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 10)
+        assert all(rank.running() for rank in ranks), "protected by the end alone"
+        made.lose(ranks, [0])
+    resumed = re.search(r"resumed from memory at step (\d+)", made.run())
+    assert resumed
+    assert int(resumed[1]) > 10
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_sigterm_on_one_node_stops_all_at_the_same_step(
+    cluster: Callable[..., Cluster], node: int
+) -> None:
+    made = cluster(ranks=2, steps=200, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="7")
+    with made.life() as ranks:
+        until("some steps", lambda: made.steps_done() >= 5)
+        os.kill(ranks[2 * node + 1].pid, signal.SIGTERM)
+        assert [rank.wait() for rank in ranks] == [EXIT_STATE_SAVED] * 4
+    done = {max(made.losses(rank)) for rank in range(4)}
+    assert len(done) == 1
+    said = made.run()
+    assert f"resumed from memory at step {done.pop()}, 0 steps lost" in said
+
+
+def test_ranks_on_other_nodes_than_before(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(steps=200, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 0)
+        for rank in ranks:
+            rank.kill()
+    made.own = {0: {"MNEMO_RUN__DIR": made.home(1)}, 1: {"MNEMO_RUN__DIR": made.home(0)}}
+    assert made.codes() == [1, 1]
+    assert re.search(r"this node was node-1 of run cluster, and is node-0 in this", made.said[1])
+
+
+def test_more_nodes_lost_than_parities_go_on_from_storage(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    made = cluster(
+        3,
+        steps=200,
+        MNEMO_PROTECT__NODES="2+1",
+        MNEMO_SNAPSHOT__EVERY="1",
+        MNEMO_PERSIST__TO=str(tmp_path / "store"),
+        MNEMO_PERSIST__EVERY="100ms",
+    )
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 0)
+        until("checkpoints", lambda: all(s > 0 for s in made.stored_steps()))
+        made.lose(ranks, [0, 2])
+    assert "resumed from storage at step" in made.run()
