@@ -1,4 +1,4 @@
-"""How nodes agree on the step to stop at and on the next snapshot; on one node the board does.
+"""How nodes agree on when to stop, take a snapshot, store one; on one node the board does.
 
 What the nodes' leaders say at one boundary is known to all of them at the next, without anybody
 having waited: the exchange goes on beside forward and backward.
@@ -9,18 +9,29 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from mnemo.session.place import Place
+from mnemo.session.sources import NOTHING
 
 log = logging.getLogger("mnemo")
 
 AHEAD: Final = 2
 """Boundaries from what a leader says to what all can do by it."""
-_NOTHING: Final = -1
+
+
+class Words(NamedTuple):
+    """What a leader says. Only rank 0 says when; of the others the largest number would count."""
+
+    stop: bool = False
+    """This node was asked to stop."""
+    due: int = NOTHING
+    """Boundary of the next snapshot."""
+    store: int = NOTHING
+    """Boundary from which on the first snapshot goes to storage."""
 
 
 class Accord:
@@ -31,35 +42,28 @@ class Accord:
         group = dist.new_group(list(place.leaders), backend="gloo")
         self._group = group if place.local_rank == 0 else None
         self._degraded = degraded
-        self._words = torch.zeros(2, dtype=torch.int64)
+        self._words = torch.zeros(3, dtype=torch.int64)
         self._under_way: dist.Work | None = None
 
-    def hear(self) -> tuple[bool, int]:
-        """What was said at the boundary before.
-
-        Returns:
-            Whether any leader wants to stop, and the boundary of the next snapshot, -1 for none.
-        """
+    def hear(self) -> Words:
+        """What was said at the boundary before."""
         if self._under_way is None:
-            return False, _NOTHING
+            return Words()
         try:
             self._under_way.wait()
         except RuntimeError as error:
             self._give_up(error)
-            return False, _NOTHING
+            return Words()
         self._under_way = None
-        return bool(self._words[0]), int(self._words[1])
+        stop, due, store = map(int, self._words)
+        return Words(bool(stop), due, store)
 
-    def say(self, *, stop: bool, due: int = _NOTHING) -> None:
-        """Speak at this boundary.
-
-        Args:
-            stop: This node was asked to stop.
-            due: From rank 0: boundary of the next snapshot, at least `AHEAD` ahead.
-        """
+    def say(self, words: Words) -> None:
+        """Speak at this boundary. What is said of boundaries is at least `AHEAD` ahead."""
         if self._group is None:
             return
-        self._words[0], self._words[1] = int(stop), due
+        for i, word in enumerate(words):
+            self._words[i] = int(word)
         try:
             work = dist.all_reduce(self._words, dist.ReduceOp.MAX, group=self._group, async_op=True)
         except RuntimeError as error:

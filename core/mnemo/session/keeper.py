@@ -98,7 +98,9 @@ class Keeper:
         if protection is not None:
             nodes.recall(self._link, place)
         accord = Accord(place, self.degraded) if len(place.leaders) > 1 else None
-        self._pace = Pace(config.snapshot, place, self._link.board, accord)
+        self._pace = Pace(
+            config.snapshot, place, self._link.board, accord, persist.every_s if persist else None
+        )
         afterwards.give_back()
         faults.identify(rank=place.rank, smp_pid=self._link.smp_pid)
         self._secret = auth.load_or_create_secret(self.paths.secret)
@@ -265,7 +267,7 @@ class Keeper:
         if self._pace.is_due(number) or self._stopping:
             self._take(position, state, volatile, watch, loss)
         if not after:
-            self._pace.leave()
+            self._pace.leave(number)
 
     def _take(
         self,

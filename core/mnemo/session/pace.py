@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from mnemo.config import SnapshotConfig
-from mnemo.session.accord import AHEAD, Accord
+from mnemo.session.accord import AHEAD, Accord, Words
 from mnemo.session.place import Place
 from mnemo.session.sources import NOTHING
 from mnemo.smp.board import Board
@@ -20,8 +20,22 @@ class Pace:
     """
 
     def __init__(
-        self, settings: SnapshotConfig, place: Place, board: Board, accord: Accord | None
+        self,
+        settings: SnapshotConfig,
+        place: Place,
+        board: Board,
+        accord: Accord | None,
+        store_every: float | None = None,
     ) -> None:
+        """Begin with nothing due.
+
+        Args:
+            settings: Section ``snapshot``.
+            place: Where this process stands.
+            board: Of this node.
+            accord: With the other nodes, if there are any.
+            store_every: Seconds between snapshots that go to storage, on all of several nodes.
+        """
         self._every = settings.every
         self._cadence = Cadence(settings.every, settings.overhead)
         self._board = board
@@ -35,6 +49,9 @@ class Pace:
         """Whether a snapshot was being copied since then."""
         self._due = NOTHING
         """Boundary of the next snapshot, which the other nodes are still to be told."""
+        self._store_every = store_every
+        self._stored = time.perf_counter()
+        """When rank 0 last said that one should go to storage."""
 
     def begin(self, boundary: int) -> None:
         """Training goes on behind ``boundary``; the first snapshot is due after one step."""
@@ -49,11 +66,13 @@ class Pace:
             self._cadence.observe(now - self._last, beside=self._taken_beside)
         self._last, self._taken_beside = now, False
         if self._accord is not None and self._leads:
-            stop, due = self._accord.hear()
-            if stop and self._board.stop_at() < 0:
+            heard = self._accord.hear()
+            if heard.stop and self._board.stop_at() < 0:
                 self._board.set_stop(number + 1)
-            if due > number:
-                self._board.schedule(due)
+            if heard.due > number:
+                self._board.schedule(heard.due)
+            if heard.store > number:
+                self._board.set_store(2 * heard.store)
         elif self._leads and self._board.stop_requested() and self._board.stop_at() < 0:
             self._board.set_stop(number + (not self._alone))  # others may have passed this one
 
@@ -84,11 +103,17 @@ class Pace:
         elif self._leads_all:
             self._due = number + max(interval, AHEAD)
 
-    def leave(self) -> None:
-        """All that belongs to this boundary is done."""
-        if self._accord is not None and self._leads:
-            self._accord.say(stop=self._board.stop_requested(), due=self._due)
-            self._due = NOTHING
+    def leave(self, number: int) -> None:
+        """All that belongs to boundary ``number`` is done."""
+        if self._accord is None or not self._leads:
+            return
+        store = NOTHING
+        if self._leads_all and self._store_every is not None:
+            now = time.perf_counter()
+            if now - self._stored >= self._store_every:
+                store, self._stored = number + AHEAD, now
+        self._accord.say(Words(self._board.stop_requested(), self._due, store))
+        self._due = NOTHING
 
     def pause(self) -> None:
         """Something that is not a training step runs now: it does not count as step time."""

@@ -1,4 +1,4 @@
-"""A shared page on which ranks leave their position and the leader the next snapshot.
+"""A shared page on which ranks leave their position and the leader what all are to do when.
 
 Readable after a rank's death, which is how the steps lost by a crash are counted. Each field is
 one aligned 8-byte word, written whole, so no lock is needed.
@@ -20,6 +20,7 @@ _SCHEDULE: Final = struct.Struct("<qq")
 _WORD: Final = struct.Struct("<q")
 _STOP_REQUESTED: Final = 16
 _STOP_AT: Final = 24
+_STORE_FROM: Final = 32
 _POSITION: Final = struct.Struct("<qqqqd")
 
 
@@ -102,11 +103,20 @@ class Board:
         """The step boundary to stop at, -1 for none."""
         return int(_WORD.unpack_from(self._map, _STOP_AT)[0])
 
+    def set_store(self, tick: int) -> None:
+        """Leader of one of several nodes: the first generation from ``tick`` on goes to storage."""
+        _WORD.pack_into(self._map, _STORE_FROM, tick)
+
+    def store_from(self) -> int:
+        """What `set_store` set last, -1 for nothing."""
+        return int(_WORD.unpack_from(self._map, _STORE_FROM)[0])
+
     def reset(self) -> None:
-        """Leader of a new life: no generation scheduled, no stop asked for."""
+        """Leader of a new life: no generation scheduled, no stop asked for, nothing to store."""
         _SCHEDULE.pack_into(self._map, 0, -1, -1)
         _WORD.pack_into(self._map, _STOP_REQUESTED, 0)
         _WORD.pack_into(self._map, _STOP_AT, -1)
+        _WORD.pack_into(self._map, _STORE_FROM, -1)
 
     def report(self, slot: int, position: Position) -> None:
         """Leave a rank's position; ``slot`` counts the ranks of this node from 0."""

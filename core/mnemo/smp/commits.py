@@ -30,6 +30,7 @@ class Commits:
         buffers: Buffers,
         counts: Counter[str],
         clock: Clock,
+        store_from: Callable[[], int],
         wake: Callable[[], None],
     ) -> None:
         """Nothing is stored or protected before it is asked for.
@@ -39,6 +40,8 @@ class Commits:
             buffers: The segments' descriptors.
             counts: Of the whole SMP, for its status.
             clock: Tells when a generation was committed.
+            store_from: From which tick on a generation goes to storage next, as the nodes of the
+                training have agreed.
             wake: Called when slots may have become free.
         """
         self.persister: Persister | None = None
@@ -49,6 +52,9 @@ class Commits:
         self._buffers = buffers
         self._counts = counts
         self._clock = clock
+        self._store_from = store_from
+        self._stored_from = -1
+        """What that was when a generation last went."""
         self._wake = wake
         self._tasks: set[asyncio.Task[None]] = set()
         self._checked = -1
@@ -79,8 +85,10 @@ class Commits:
             self._checked, self._committed_at = committed.tick, self._clock.time()
             self._counts["committed"] += 1
             self._compare(committed.tick)
-            if self.persister is not None and self.persister.due():
-                task = asyncio.get_running_loop().create_task(self._persist(self.persister))
+            if self.persister is not None and self._is_to_be_stored(committed.tick, self.persister):
+                task = asyncio.get_running_loop().create_task(
+                    self._persist(self.persister, committed.tick + 1)
+                )
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         if self._protection is not None:
@@ -125,16 +133,27 @@ class Commits:
 
     # --- to storage ---------------------------------------------------------------------------
 
+    def _is_to_be_stored(self, tick: int, persister: Persister) -> bool:
+        """By the clock; several nodes have to store the same, or nothing can be gone on from."""
+        if not persister.is_one_of_several:
+            return persister.due()
+        store_from = self._store_from()
+        if store_from in (-1, self._stored_from) or tick < store_from:
+            return False
+        self._stored_from = store_from
+        return True
+
     async def flush(self) -> int:
         """Persist the newest generation; the step of the newest checkpoint on storage, or -1."""
         if self.persister is None:
             return -1
-        await self._persist(self.persister)
+        await self._persist(self.persister, None)
         return self.persister.newest_step
 
-    async def _persist(self, persister: Persister) -> None:
+    async def _persist(self, persister: Persister, below: int | None) -> None:
+        """Store the newest generation older than tick ``below``."""
         async with persister.lock:
-            fetched, fds, slots = self.fetch(None)
+            fetched, fds, slots = self.fetch(below)
             if fetched.generation is None or fetched.generation == persister.newest:
                 return
             for slot in slots:

@@ -64,7 +64,9 @@ class Fit:
         self._over: set[int] = set()
         """Ranks that want nothing of it any more."""
         self._changed = asyncio.Event()
-        self.commits = Commits(self.shelf, self._buffers, counts, clock, self.wake)
+        self.commits = Commits(
+            self.shelf, self._buffers, counts, clock, board.store_from, self.wake
+        )
 
     @property
     def is_finished(self) -> bool:

@@ -92,6 +92,11 @@ class Persister:
         if self.newest is not None and self.newest.tick > tick:
             self.newest = None
 
+    @property
+    def is_one_of_several(self) -> bool:
+        """Whether other nodes store other ranks' parts of the same generations."""
+        return bool(self._settings.node)
+
     def due(self) -> bool:
         """Whether the interval has passed and nothing is being written."""
         return (
