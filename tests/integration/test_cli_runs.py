@@ -14,7 +14,7 @@ import pytest
 import torch
 from commands import holding, mnemo, status_of
 from safetensors.torch import load_file
-from smp_lab import wait_for_exit
+from smp_lab import damage, wait_for_exit
 
 from mnemo.cli import runs
 from mnemo.recovery import journal
@@ -150,6 +150,39 @@ def test_a_run_that_was_killed(zygote: Zygote, tmp_path: Path) -> None:
     left = mnemo("rollback", "gpt", "--to", newest - 1, "--persist-to", tmp_path, "--yes")
     assert left.code == 0, left.err
     assert max(stored_steps(place)) < newest
+
+
+def test_damaged_snapshots_are_not_called_missing(zygote: Zygote, tmp_path: Path) -> None:
+    settings = persisting(tmp_path / "store")
+    out = tmp_path / "gpt.pt"
+    with holding(zygote, "gpt", 6, **settings):
+        pass
+    assert mnemo("rollback", "gpt", "--to", 6).code == 0  # waits for a checkpoint on its way
+    assert damage(status_of("gpt")["smp"]["pid"]) >= 2
+
+    refused = mnemo("export", "gpt", out, "--from", "memory")
+    assert (refused.code, refused.out) == (1, "")
+    assert "mnemo: what is kept of run gpt in memory is damaged: chunk 0 of rank 0's " in (
+        refused.err
+    )
+    for step in (5, 6):
+        assert f"chunk 0 of rank 0's snapshot of step {step} fails its checksum" in refused.err
+    assert "--persist-to says where else checkpoints are" in refused.err
+    refused = mnemo("export", "gpt", out, "--from", "memory", "--step", 5)
+    assert "what is kept of step 5 of run gpt in memory is damaged: chunk 0 of" in refused.err
+
+    newest = stored_steps(tmp_path / "store" / "gpt")[-1]
+    stored = mnemo("export", "gpt", out)
+    assert stored.out == f"step {newest} of gpt, from storage, written to {out}\n"
+    assert "snapshot of step 6 fails its checksum: it is passed over\n" in stored.err
+
+    for part in (tmp_path / "store").rglob("step-*/*"):
+        if part.name != "COMMITTED.json":
+            part.write_bytes(bytes(part.stat().st_size))
+    refused = mnemo("export", "gpt", out, "--force")
+    assert f"kept of run gpt in memory or {tmp_path / 'store'} is damaged: " in refused.err
+    assert torch.load(out, weights_only=True)["position"]["step"] == newest  # what was there stays
+    assert mnemo("clean", "gpt").code == 0
 
 
 def test_a_run_of_two_fits(zygote: Zygote, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from commands import mnemo, status_of
+from launching import launch
 from lightning_client import KILLED, records
 from smp_lab import damage, wait_for_exit
 
@@ -91,3 +92,15 @@ def test_groups_that_were_added_later_have_to_be_there_before_the_loop(live: Liv
     assert ended.returncode == 0, ended.stderr
     assert "resumed from memory at step 6, 0 steps lost" in ended.stderr
     assert "changed" not in ended.stderr
+
+
+def test_who_failed_is_known_behind_the_end_of_its_launch(tmp_path: Path) -> None:
+    words = ["run.id=gpt", "--max-restarts=0", str(SCRIPT), str(tmp_path / "batches")]
+    assert launch(*words, "killed", cwd=tmp_path).code == 128 - KILLED
+    events = [record["event"] for record in records("gpt")]
+    assert events[-2:] == ["failure", "end"]
+    ended = launch(*words, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert "run gpt · rank 0 killed by SIGKILL → resumed from memory at step 6, 0 steps lost" in (
+        ended.err
+    )

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mnemo.cli import runs
-from mnemo.errors import ConfigError, NothingToResumeError, SmpError
+from mnemo.errors import (
+    ConfigError,
+    IntegrityError,
+    MnemoError,
+    NothingToResumeError,
+    SmpError,
+)
 from mnemo.transport import auth
 
 if TYPE_CHECKING:
@@ -73,22 +79,21 @@ def export(
         raise SmpError(f"{run.problem}. Use --from storage, or end the snapshot process")
     live = set() if origin is Origin.storage else run.fits
     stored = runs.stores(run_id, url) if url and origin is not Origin.memory else {}
+    damaged: list[IntegrityError] = []
     found = next(
         (
             newest
             for number in sorted(live | stored.keys(), reverse=True)
             if fit in (None, number)
-            and (newest := _newest(run, number, number in live, stored.get(number), step))
+            and (newest := _newest(run, number, number in live, stored.get(number), step, damaged))
         ),
         None,
     )
     if found is None:
-        wanted = "nothing" if step is None else f"no step {step}"
-        places = ["memory"] * bool(run.status) + [url] * bool(url)
-        raise NothingToResumeError(
-            f"{wanted} of run {run_id} is kept in {' or '.join(places) or 'memory'}; "
-            "mnemo status shows what is, --persist-to says where its checkpoints are"
-        )
+        places = ["memory"] * bool(live) + [url] * bool(url and origin is not Origin.memory)
+        raise _nothing(run_id, step, " or ".join(places) or "memory", damaged)
+    for error in damaged:
+        typer.echo(f"mnemo: {error}: it is passed over", err=True)
     lacking = _write(found, out, chosen)
     typer.echo(f"step {found.step} of {run_id}, from {found.origin}, written to {out}")
     if lacking:
@@ -115,7 +120,12 @@ def _require_writable(out: Path, *, force: bool) -> None:
 
 
 def _newest(
-    run: runs.Run, fit: int, live: bool, store: CheckpointStore | None, step: int | None
+    run: runs.Run,
+    fit: int,
+    live: bool,
+    store: CheckpointStore | None,
+    step: int | None,
+    damaged: list[IntegrityError],
 ) -> Generation | None:
     """The newest generation of a fit, or that of ``step``; storage's only if that is newer."""
     from mnemo.session.export import from_memory, from_storage
@@ -124,10 +134,27 @@ def _newest(
     if live:
         with runs.connect(run.paths) as client:
             secret = auth.load_or_create_secret(run.paths.secret)
-            found = from_memory(client, fit, secret, step)
+            found = from_memory(client, fit, secret, step, damaged)
     if store is not None:
-        found = from_storage(store, step, found.tick if found else -1) or found
+        found = from_storage(store, step, damaged, found.tick if found else -1) or found
     return found
+
+
+def _nothing(
+    run_id: str, step: int | None, places: str, damaged: list[IntegrityError]
+) -> MnemoError:
+    """The error where nothing could be exported: nothing is there, or all that is, is damaged."""
+    wanted = "" if step is None else f" of step {step}"
+    if damaged:
+        return IntegrityError(
+            f"what is kept{wanted} of run {run_id} in {places} is damaged: "
+            f"{'; '.join(map(str, damaged))}. --persist-to says where else checkpoints are, --step "
+            "chooses another one"
+        )
+    return NothingToResumeError(
+        f"{f'no step {step}' if wanted else 'nothing'} of run {run_id} is kept in {places}; "
+        "mnemo status shows what is, --persist-to says where its checkpoints are"
+    )
 
 
 def _write(found: Generation, out: Path, chosen: Format) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mnemo.errors import ConfigError, IntegrityError, MissingExtraError, MnemoError, SnapshotError
+from mnemo.errors import ConfigError, IntegrityError, MissingExtraError, SnapshotError
 from mnemo.session.sources import NOTHING, read_sources
 from mnemo.smp import messages as m
 from mnemo.smp.client import SmpClient
@@ -19,8 +18,6 @@ from mnemo.snapshot.listing import join_module_state
 from mnemo.snapshot.restore import Source, read_state
 from mnemo.storage import CheckpointStore
 from mnemo.transport.local import close_all
-
-log = logging.getLogger("mnemo")
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,16 @@ class Generation:
 
 
 def from_memory(
-    client: SmpClient, fit: int, secret: bytes, step: int | None = None
+    client: SmpClient, fit: int, secret: bytes, step: int | None, damaged: list[IntegrityError]
 ) -> Generation | None:
     """The newest generation in memory that reads back whole, or that of ``step``.
 
-    Raises:
-        IntegrityError: That of ``step`` is damaged.
+    Args:
+        client: To the run's SMP.
+        fit: Which training.
+        secret: The run's.
+        step: None for the newest.
+        damaged: Gets what is wrong with those that were passed over.
     """
     below: int | None = None
     while below != 0:
@@ -56,25 +57,28 @@ def from_memory(
                     found.tick, found.step, "memory", read_state(sources, min(sources), secret)
                 )
         except IntegrityError as error:
-            _pass_over(error, step)
+            damaged.append(error)
         finally:
             close_all(fds)
     return None
 
 
 def from_storage(
-    store: CheckpointStore, step: int | None = None, newer_than: int = NOTHING
+    store: CheckpointStore,
+    step: int | None,
+    damaged: list[IntegrityError],
+    newer_than: int = NOTHING,
 ) -> Generation | None:
     """The newest checkpoint that reads back whole, or that of ``step``.
 
     Args:
         store: Where to look.
         step: None for the newest.
+        damaged: Gets what is wrong with those that were passed over.
         newer_than: Tick that it has to be newer than.
 
     Raises:
         StorageError: The store cannot be read.
-        IntegrityError: That of ``step`` is damaged.
     """
     for checkpoint in store.checkpoints():
         tick = int(checkpoint.meta.get("tick") or 0)
@@ -83,16 +87,10 @@ def from_storage(
                 sources = read_sources(store, checkpoint)
                 state = read_state(sources, min(sources), None)
             except IntegrityError as error:
-                _pass_over(error, step)
+                damaged.append(error)
             else:
                 return Generation(tick, checkpoint.step, "storage", state)
     return None
-
-
-def _pass_over(error: MnemoError, step: int | None) -> None:
-    if step is not None:
-        raise error
-    log.warning("%s: the one before it is taken", error)
 
 
 def write_lightning(generation: Generation, out: Path) -> None:
