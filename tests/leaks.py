@@ -3,7 +3,8 @@
 `watch` compares the machine before and after a test and waits a bounded time for what is
 still on its way out. Things that other jobs on the machine create meanwhile are told apart:
 processes by a marker in their environment or by their address-space layout (a fork without
-exec keeps it), files by who holds them open. Linux only, as the project is.
+exec keeps it), files by who holds them open. So are those of another test process that runs
+beside this one. Linux only, as the project is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import itertools
 import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
+import re
+import select
 import shutil
 import signal
 import tempfile
@@ -29,7 +32,7 @@ import psutil
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PATIENCE_S = 10.0
+patience_s = 10.0
 """How long something may take to go away after a test."""
 
 MARKER = "MNEMO_TEST_ID"
@@ -56,6 +59,17 @@ class Trace:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process, told by when it began from others that had or will have its id."""
+
+    pid: int
+    began: int
+    parent: int = field(compare=False)
+    layout: tuple[bytes, bytes] | None = field(compare=False)
+    """Where code and stack start: random per exec, kept by a fork. None if hidden."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,7 @@ def warm_up() -> None:
 
 
 @contextlib.contextmanager
-def watch(*, patience_s: float = PATIENCE_S) -> Iterator[list[Trace]]:
+def watch() -> Iterator[list[Trace]]:
     """Run a block in a private room; afterwards the yielded list names what it left behind.
 
     Left processes are killed, the environment is restored and the room is removed in any case.
@@ -106,17 +120,15 @@ def watch(*, patience_s: float = PATIENCE_S) -> Iterator[list[Trace]]:
     os.environ.update(room.environment())
     tempfile.tempdir, default_temp = None, tempfile.tempdir
     inside = dict(os.environ)
-    before = take(room)
+    processes, before = frozenset(_processes()), take(room)
     try:
         yield left
     finally:
-        left += wait_until_gone(room, before, patience_s)
+        left += wait_until_gone(room, processes, before)
         left += _environment_changes(inside, dict(os.environ))
         for trace in left:
-            if isinstance(trace.key, psutil.Process):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    trace.key.send_signal(signal.SIGKILL)
-                    trace.key.wait(timeout=5)
+            if isinstance(trace.key, Process):
+                _end(trace.key)
         os.environ.clear()
         os.environ.update(environment)
         tempfile.tempdir = default_temp
@@ -124,17 +136,20 @@ def watch(*, patience_s: float = PATIENCE_S) -> Iterator[list[Trace]]:
 
 
 def take(room: Room) -> frozenset[Trace]:
-    """List everything that exists now and that a test could be blamed for."""
-    sources = (_processes(room), _threads(), _descriptors(), _mappings())
-    return frozenset(itertools.chain(*sources, _sockets(room), _files(room)))
+    """List everything but processes that exists now and that a test could be blamed for."""
+    sources = (_threads(), _descriptors(), _mappings(), _sockets(room), _files(room))
+    return frozenset(itertools.chain(*sources))
 
 
-def wait_until_gone(room: Room, before: frozenset[Trace], patience_s: float) -> list[Trace]:
-    """Return what exists beyond ``before``, after at most ``patience_s`` seconds of waiting."""
+def wait_until_gone(
+    room: Room, processes: frozenset[Process], before: frozenset[Trace]
+) -> list[Trace]:
+    """Return what exists beyond those, after at most `patience_s` seconds of waiting."""
     deadline = time.monotonic() + patience_s
     while True:
         left = take(room) - before
-        ours = {t.key.pid for t in left if isinstance(t.key, psutil.Process)} | {os.getpid()}
+        left |= set(_left_processes(room, processes))
+        ours = {t.key.pid for t in left if isinstance(t.key, Process)} | {os.getpid()}
         foreign = _held_by_others({t.text for t in left if t.kind in _SHARED_KINDS}, ours)
         left = {t for t in left if t.text not in foreign}
         if not left or time.monotonic() > deadline:
@@ -143,32 +158,55 @@ def wait_until_gone(room: Room, before: frozenset[Trace], patience_s: float) -> 
         time.sleep(0.02)  # descriptors and files announce nothing; waiting would reap zombies
 
 
-def _processes(room: Room) -> Iterator[Trace]:
-    own_pid, own_layout = os.getpid(), _layout(os.getpid())
-    children = {child.pid for child in psutil.Process().children(recursive=True)}
+def _processes() -> Iterator[Process]:
+    for name in os.listdir("/proc"):  # noqa: PTH208 - names only, as fast as it gets
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123 - as above
+                    fields = file.read().rpartition(b")")[2].split()
+                layout = None if fields[25] == b"0" else (fields[23], fields[25])
+                yield Process(int(name), int(fields[19]), int(fields[1]), layout)
+
+
+def _left_processes(room: Room, before: frozenset[Process]) -> Iterator[Trace]:
+    now = {process.pid: process for process in _processes()}
+    # The tests may share a child, which may have forked what is an orphan by now.
+    family = {os.getpid()}
+    while more := {p.pid for p in now.values() if p.parent in family} - family:
+        family |= more
+    layouts = {now[pid].layout for pid in family} - {None}
     marker = room.marker.encode()
-    for pid in psutil.pids():
+    for process in set(now.values()) - before:
+        pid = process.pid
         with contextlib.suppress(psutil.NoSuchProcess, OSError):
-            if pid == own_pid or not (
-                pid in children
-                or _layout(pid) == own_layout
+            if not (
+                pid in family
+                or process.layout in layouts
                 or marker in Path(f"/proc/{pid}/environ").read_bytes()
                 or marker in Path(f"/proc/{pid}/cmdline").read_bytes()
             ):
                 continue
-            process = psutil.Process(pid)
-            if process.status() == psutil.STATUS_ZOMBIE and process.ppid() == 1:
+            status = psutil.Process(pid).status()
+            if status == psutil.STATUS_ZOMBIE and process.parent == 1:
                 continue  # it has ended; some containers' first process is slow to take note
-            command = process.name()
+            command = psutil.Process(pid).name()
             with contextlib.suppress(psutil.ZombieProcess):
-                command = " ".join(process.cmdline())[:200]
-            yield Trace("process", process, f"{pid} {process.status()} {command}")
+                command = " ".join(psutil.Process(pid).cmdline())[:200]
+            yield Trace("process", process, f"{pid} {status} {command}")
 
 
-def _layout(pid: int) -> tuple[bytes, ...]:
-    """Where a process's code and stack start: random per exec, kept by a fork."""
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    return (fields[23], fields[25])
+def _end(process: Process) -> None:
+    """Kill it, and reap it if it is a child; an orphan is reaped by others, in their own time."""
+    with contextlib.suppress(ProcessLookupError):
+        ended = os.pidfd_open(process.pid)
+        try:
+            if process in _processes():  # and not another one of its id
+                signal.pidfd_send_signal(ended, signal.SIGKILL)
+                select.select([ended], [], [], 5)
+        finally:
+            os.close(ended)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process.pid, os.WNOHANG)
 
 
 def _threads() -> Iterator[Trace]:
@@ -202,6 +240,7 @@ def _sockets(room: Room) -> Iterator[Trace]:
 
 
 _SHARED_KINDS = ("/dev/shm entry", "/tmp entry")
+_TORCHS = re.compile(r"/dev/shm/torch_(\d+)_")  # named after the process that made it
 
 
 def _files(room: Room) -> Iterator[Trace]:
@@ -217,11 +256,15 @@ def _files(room: Room) -> Iterator[Trace]:
 
 
 def _held_by_others(paths: set[str], ours: set[int]) -> set[str]:
-    """Return those of ``paths`` in or under which a process outside the test has a file open."""
+    """Return those of ``paths`` that a process outside the test made or has a file open under."""
     held: set[str] = set()
     if not paths:
         return held
-    for pid in set(psutil.pids()) - ours:
+    others = set(psutil.pids()) - ours
+    for path in paths:
+        if (made := _TORCHS.match(path)) and int(made[1]) in others:
+            held.add(path)
+    for pid in others:
         with contextlib.suppress(OSError):
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):

@@ -42,6 +42,7 @@ def live(request: dict[str, Any], out: int, err: int) -> int:
     os.environ.clear()
     os.environ.update(request["environ"])
     os.chdir(request["cwd"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, fd in enumerate((nothing, out, err)):
         os.dup2(fd, number)
@@ -106,6 +107,7 @@ def serve(requests: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the tests, and the lives
     with socket.socket(fileno=os.dup(0)) as asked:
         asked.send(b"ready")
         serve(asked)
