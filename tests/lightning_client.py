@@ -7,12 +7,12 @@ import functools
 import json
 import os
 import select
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import warm
+from ports import held_port
 
 from mnemo.faults import Declaration, Fault, Hook
 from mnemo.recovery import journal
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 
 LAB = Path(__file__).parent / "scripts" / "lightning_lab.py"
 KILLED = -9
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def kill_at(*places: str, rank: int = 0, kind: str = "sigkill") -> tuple[Fault, ...]:
@@ -88,16 +82,16 @@ class Lab:
             environ["MNEMO_RUN_ID"] = run_id
         if faults is not None:
             environ.update(faults.environ())
-        if ranks > 1:
-            environ.update(
-                WORLD_SIZE=str(ranks),
-                LOCAL_WORLD_SIZE=str(ranks),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(free_port()),
-                TORCHELASTIC_RUN_ID="none",
-                GROUP_RANK="0",
-            )
         with contextlib.ExitStack() as stack:
+            if ranks > 1:
+                environ.update(
+                    WORLD_SIZE=str(ranks),
+                    LOCAL_WORLD_SIZE=str(ranks),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(stack.enter_context(held_port())),
+                    TORCHELASTIC_RUN_ID="none",
+                    GROUP_RANK="0",
+                )
             lives, errors, starts = [], [], []
             for rank in range(ranks):
                 if ranks > 1:

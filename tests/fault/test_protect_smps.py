@@ -6,13 +6,13 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import time
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 import smp_lab as lab
+from ports import held_port
 
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
@@ -105,23 +105,16 @@ def secret_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def group_of(number: int, parities: int, directory: Path) -> Iterator[list[Smp]]:
     names = tuple(f"node{i}" for i in range(number))
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in names]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        addresses = dict(zip(names, (sock.getsockname() for sock in sockets), strict=True))
-    smps = [
-        Smp(
-            directory,
-            m.ProtectSettings(name, names, parities, addresses),
-        )
-        for name in names
-    ]
-    try:
-        yield smps
-    finally:
-        for smp in smps:
-            smp.hang_up()
-            lab.end(smp.paths)
+        addresses = {name: ("127.0.0.1", stack.enter_context(held_port())) for name in names}
+        smps = [
+            Smp(directory, m.ProtectSettings(name, names, parities, addresses)) for name in names
+        ]
+        try:
+            yield smps
+        finally:
+            for smp in smps:
+                smp.hang_up()
+                lab.end(smp.paths)
 
 
 def all_join(smps: list[Smp]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning_client import KILLED, Lab, assert_same, free_port, kill_at, rows, until_it_ends
+from lightning_client import KILLED, Lab, assert_same, kill_at, rows, until_it_ends
+from ports import held_port
 
 from mnemo.faults import Declaration
 from mnemo.types import EXIT_STATE_SAVED
@@ -106,10 +107,11 @@ def test_torchrun(alone: Path, tmp_path: Path) -> None:
     declared = Declaration(kill_at("backward:3", rank=1), str(tmp_path / "fired"))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     for _ in range(2):
-        port = f"--master-port={free_port()}"
-        ended = start(
-            out, *command, port, TRAIN, "--strategy=ddp", "--devices=2", **declared.environ()
-        )
+        with held_port() as port:
+            where = f"--master-port={port}"
+            ended = start(
+                out, *command, where, TRAIN, "--strategy=ddp", "--devices=2", **declared.environ()
+            )
     assert ended.returncode == 0, ended.stderr
     assert "resumed from memory at step" in ended.stderr
     declared.assert_fired()

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from commands import mnemo
-from lightning_client import KILLED, Lab, assert_same, free_port, kill_at, records
+from lightning_client import KILLED, Lab, assert_same, kill_at, records
+from ports import held_port
 from warm import Zygote
 
 from mnemo.faults import Declaration
@@ -160,8 +161,12 @@ def test_two_tasks(zygote: Zygote, lab: Lab, tmp_path: Path, job: dict[str, str]
 def start_tasks(zygote: Zygote, out: Path, train: list[object], job: dict[str, str]) -> list[int]:
     """Two tasks of one node; when one is killed, so is the other."""
     shared = {**job, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "OUT": str(out)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with (out / "err-0").open("a") as first, (out / "err-1").open("a") as second:
+    with (
+        held_port() as port,
+        (out / "err-0").open("a") as first,
+        (out / "err-1").open("a") as second,
+    ):
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         tasks = [
             zygote.start(
                 *train,
