@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 from lightning_client import KILLED, Lab, assert_same, kill_at
 
-from mnemo.faults import Declaration, Fault
+from mnemo.faults import Declaration
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TRAIN = SCRIPTS / "lightning_train.py"
-THREAD = """
-import threading, lightning_train
+THREAD = f"""
+import sys, threading
+sys.path.insert(0, {str(SCRIPTS)!r})
+import lightning_train
 thread = threading.Thread(target=lightning_train.main)
 thread.start()
 thread.join()
@@ -53,27 +56,31 @@ def final(out: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("code", [THREAD, CELL], ids=["thread", "cell"])
-def test_a_fit_in(lab: Lab, tmp_path: Path, code: str) -> None:
+def test_a_fit_in_a_cell(lab: Lab, tmp_path: Path) -> None:
     alone, out = undisturbed(lab, tmp_path / "alone", 1), tmp_path / "out"
     declared = Declaration(kill_at("forward:9"), str(tmp_path / "fired"))
-    assert start(out, code, **declared.environ()).returncode == KILLED
-    ended = start(out, code, **declared.environ())
+    assert start(out, CELL, **declared.environ()).returncode == KILLED
+    ended = start(out, CELL, **declared.environ())
     assert ended.returncode == 0, ended.stderr
     assert "resumed from memory at step" in ended.stderr
-    assert ("SIGTERM is not noticed" in ended.stderr) is (code == THREAD)
+    assert "SIGTERM is not noticed" not in ended.stderr
     assert_same(alone, out)
 
 
-def test_sigterm_to_a_fit_in_a_thread_ends_it_at_once(tmp_path: Path) -> None:
-    """Python shows signals to the main thread alone; what was sealed before is there."""
-    out = tmp_path / "out"
-    faults: tuple[Fault, ...] = kill_at("forward:9", kind="sigterm")
-    declared = Declaration(faults, str(tmp_path / "fired"))
-    assert start(out, THREAD, **declared.environ()).returncode == -15
-    ended = start(out, THREAD, **declared.environ())
-    assert ended.returncode == 0, ended.stderr
-    assert "resumed from memory at step" in ended.stderr
+@pytest.mark.parametrize(("kind", "code"), [("sigkill", KILLED), ("sigterm", -15)])
+def test_a_fit_in_a_thread(lab: Lab, tmp_path: Path, kind: str, code: int) -> None:
+    """SIGTERM ends it at once: Python shows signals to the main thread alone."""
+    alone, out = undisturbed(lab, tmp_path / "alone", 1), tmp_path / "out"
+    script = tmp_path / "thread.py"
+    script.write_text(THREAD)
+    declared = Declaration(kill_at("forward:9", kind=kind), str(tmp_path / "fired"))
+    live = functools.partial(lab.script, out, script, run_id="run", faults=declared, OUT=str(out))
+    assert live().codes == [code]
+    life = live()
+    assert life.codes == [0], life.said
+    assert "resumed from memory at step" in life.said
+    assert "SIGTERM is not noticed" in life.said
+    assert_same(alone, out)
 
 
 @pytest.mark.campaign
