@@ -38,8 +38,9 @@ lint: $(STAMP) ## ruff, mypy --strict, pyright, import-linter
 	@echo "lint: pyright";     $(BIN)/pyright --warnings
 	@echo "lint: import-linter"; $(BIN)/lint-imports --no-logo
 
+# By file and in the order of directories: the long ones begin.
 test: $(STAMP) ## the default tests; under 10 minutes on 2 cores
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 demo: $(STAMP) ## train a small GPT twice, once with a rank killed, and compare; under 5 minutes
 	@$(BIN)/python examples/lightning_gpt/demo.py $(ARGS)
