@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import smp_lab
+from ports import held_port
 
 from mnemo.errors import SmpError
 from mnemo.smp.client import SmpClient
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from warm import Life, Zygote
 
-SCRIPT = Path(__file__).parent / "scripts" / "nodes_train.py"
+SCRIPTS = Path(__file__).parent / "scripts"
 RUN = "cluster"
 PATIENCE_S = 60.0
 
@@ -44,6 +45,7 @@ class Cluster:
     steps: int
     settings: dict[str, str]
     """Environment of all ranks."""
+    script: str = "nodes_train.py"
     own: dict[int, dict[str, str]] = field(default_factory=dict)
     """What single nodes have besides."""
     lives: int = 0
@@ -64,13 +66,13 @@ class Cluster:
     def life(self) -> Iterator[list[Life]]:
         """All ranks, started; killed at the end of the block where they still run."""
         self.lives += 1
-        store = self.directory / f"store-{self.lives}"
-        words = (SCRIPT, self.directory, store, self.steps)
+        words = (SCRIPTS / self.script, self.directory, self.steps)
         with contextlib.ExitStack() as stack:
+            port = stack.enter_context(held_port())
             out = stack.enter_context((self.directory / f"said-{self.lives}").open("w+"))
             started = [
                 stack.enter_context(
-                    self.zygote.start(*words, out=out, err=out, environ=self._environ(rank))
+                    self.zygote.start(*words, out=out, err=out, environ=self._environ(rank, port))
                 )
                 for rank in range(self.nodes * self.ranks)
             ]
@@ -80,10 +82,15 @@ class Cluster:
                 out.seek(0)
                 self.said.append(out.read())
 
-    def _environ(self, rank: int) -> dict[str, str]:
+    def _environ(self, rank: int, port: int) -> dict[str, str]:
         return {
             "RANK": str(rank),
             "WORLD_SIZE": str(self.nodes * self.ranks),
+            "LOCAL_RANK": str(rank % self.ranks),
+            "LOCAL_WORLD_SIZE": str(self.ranks),
+            "GROUP_RANK": str(rank // self.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
             "MNEMO_RUN_ID": RUN,
             "MNEMO_RUN__DIR": self.home(rank // self.ranks),
             "MNEMO_SECRET_FILE": str(self.directory / "secret"),

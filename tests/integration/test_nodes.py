@@ -41,6 +41,11 @@ def until(what: str, ready: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+def lines(said: str) -> str:
+    """What mnemo says, without torch's warnings."""
+    return "\n".join(line for line in said.splitlines() if "reducer.cpp" not in line)
+
+
 def test_several_nodes_want_protection(cluster: Callable[..., Cluster]) -> None:
     made = cluster()
     assert made.codes() == [1, 1]
@@ -103,6 +108,19 @@ def test_snapshots_within_a_budget_are_taken_of_the_same_steps(
     assert int(resumed[1]) > 10
 
 
+def test_lightning_goes_on_with_a_replaced_node(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(steps=120, MNEMO_PROTECT__NODES="1+1", TORCHELASTIC_RUN_ID="cluster")
+    made.script = "nodes_lightning.py"
+    made.settings["MNEMO_SNAPSHOT__EVERY"] = "1"
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 5)
+        made.lose(ranks, [1])
+    resumed = re.search(r"resumed from memory at step (\d+)", made.run())
+    assert resumed
+    assert int(resumed[1]) > 5
+    assert sorted(made.losses(0)) == sorted(made.losses(1)) == list(range(1, 121))
+
+
 @pytest.mark.parametrize("node", [0, 1])
 def test_sigterm_on_one_node_stops_all_at_the_same_step(
     cluster: Callable[..., Cluster], node: int
@@ -138,10 +156,11 @@ def test_more_nodes_lost_than_parities_go_on_from_storage(
         MNEMO_PROTECT__NODES="2+1",
         MNEMO_SNAPSHOT__EVERY="1",
         MNEMO_PERSIST__TO=str(tmp_path / "store"),
-        MNEMO_PERSIST__EVERY="100ms",
+        MNEMO_PERSIST__EVERY="200ms",
+        MNEMO_PERSIST__KEEP="100",  # all: on a busy machine a node may skip some
     )
     with made.life() as ranks:
         until("a protected step", lambda: made.protected_step() > 0)
         until("checkpoints", lambda: all(s > 0 for s in made.stored_steps()))
         made.lose(ranks, [0, 2])
-    assert "resumed from storage at step" in made.run()
+    assert "resumed from storage at step" in lines(made.run())

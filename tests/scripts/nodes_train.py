@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -47,16 +46,10 @@ def train(out: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("store", type=Path)
     parser.add_argument("steps", type=int)
     words = parser.parse_args()
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=words.store.as_uri(),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
+    dist.init_process_group("gloo")
     train(words.out, words.steps)
     dist.destroy_process_group()
 

@@ -40,7 +40,8 @@ class Accord:
     def __init__(self, place: Place, degraded: Callable[[str, str], None]) -> None:
         """Make a process group of the leaders. Collective, for all ranks."""
         group = dist.new_group(list(place.leaders), backend="gloo")
-        self._group = group if place.local_rank == 0 else None
+        # Who is not in it is given a number instead.
+        self._group = group if isinstance(group, dist.ProcessGroup) else None
         self._degraded = degraded
         self._words = torch.zeros(3, dtype=torch.int64)
         self._under_way: dist.Work | None = None

@@ -141,7 +141,8 @@ class Commits:
         if store_from in (-1, self._stored_from) or tick < store_from:
             return False
         self._stored_from = store_from
-        return True
+        # Later would be too late: it may be another generation then than the others store.
+        return not persister.lock.locked()
 
     async def flush(self) -> int:
         """Persist the newest generation; the step of the newest checkpoint on storage, or -1."""
