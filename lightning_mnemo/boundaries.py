@@ -19,6 +19,7 @@ from mnemo import faults
 from mnemo.session.announce import note_interrupted
 from mnemo.session.keeper import Keeper
 from mnemo.session.stop import leave
+from mnemo.session.unsaved import ModuleTree
 from mnemo.smp.board import Position
 
 
@@ -46,6 +47,7 @@ class Boundaries:
         self._resume = resume
         self._data = resume.data
         self._outputs = resume.outputs
+        self._tree = ModuleTree(trainer.lightning_module)
         self._extras = Extras(trainer)
         self._extras.watch_optimizers(keeper)
         self._number = 0
@@ -168,7 +170,7 @@ class Boundaries:
     def _state(self, *, validation_pending: bool) -> dict[str, Any]:
         """Everything that the next batch depends on, by reference."""
         trainer = self._trainer
-        modules = list(trainer.lightning_module.named_modules())
+        modules = self._tree.modules()
         return {
             "checkpoint": list_checkpoint(trainer),
             "data": self._data.state(),

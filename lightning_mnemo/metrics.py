@@ -18,6 +18,8 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 )
 from torchmetrics import Metric, MetricCollection
 
+from mnemo.session.unsaved import Modules
+
 _META = (
     "fx",
     "name",
@@ -33,9 +35,7 @@ _META = (
 _GROUPS = ("_groups", "_groups_checked", "_state_is_copy")
 
 
-def capture_metrics(
-    trainer: pl.Trainer, modules: list[tuple[str, torch.nn.Module]]
-) -> dict[str, Any]:
+def capture_metrics(trainer: pl.Trainer, modules: Modules) -> dict[str, Any]:
     """Everything needed to go on with the running metrics.
 
     Args:
@@ -77,12 +77,12 @@ def restore_metrics(trainer: pl.Trainer, state: dict[str, Any]) -> None:
     connector._first_loop_iter = state["first"]
 
 
-def _metrics_of(modules: list[tuple[str, torch.nn.Module]]) -> list[tuple[str, Metric]]:
+def _metrics_of(modules: Modules) -> list[tuple[str, Metric]]:
     return [(name, module) for name, module in modules if isinstance(module, Metric)]
 
 
 def _collections_of(
-    modules: list[tuple[str, torch.nn.Module]],
+    modules: Modules,
 ) -> list[tuple[str, MetricCollection]]:
     """Metrics of a collection that update alike are grouped, and only one of them is updated."""
     return [(name, module) for name, module in modules if isinstance(module, MetricCollection)]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mnemo.session.attributes import AttributeWatch, _digest
-from mnemo.session.unsaved import Unsaved
+from mnemo.session.unsaved import ModuleTree, Unsaved
 
 
 class Thing(nn.Module):
@@ -196,6 +196,45 @@ def test_state_outside_the_state_dict_comes_back() -> None:
     assert (now.training, now.inner.training) == (True, False)
     assert torch.equal(now.random.get_state(), then.random.get_state())
     assert now.own.random() == then.own.random()
+
+
+def test_modules_are_listed_as_torch_lists_them_whatever_is_done_to_them() -> None:
+    shared = nn.ReLU()
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(shared, nn.Dropout()), shared)
+    tree = ModuleTree(model)
+    changes: list[Any] = [
+        lambda: None,
+        lambda: model[0].register_module("late", nn.ReLU()),  # below what had none
+        lambda: setattr(model[1], "0", nn.GELU()),
+        lambda: model[1].pop(1),
+        lambda: model.insert(0, nn.Tanh()),
+        lambda: model._modules.update({"0": model._modules.pop("0")}),
+        lambda: delattr(model[0], "late"),
+        lambda: setattr(model[1], "_modules", {"other": nn.Tanh()}),
+    ]
+    seen = []
+    for change in changes:
+        change()
+        assert list(tree.modules()) == modules(model)
+        assert tree.modules() is tree.modules()
+        seen.append([path for path, _ in tree.modules()])
+    assert len({tuple(paths) for paths in seen}) >= 6
+
+
+def test_what_torchscript_has_compiled_has_flags_too() -> None:
+    then, now = (nn.Sequential(torch.jit.script(nn.Dropout())) for _ in range(2))
+    then.eval()
+    state = Unsaved(then).state(ModuleTree(then).modules())
+    Unsaved(now).restore(state)
+    assert [m.training for m in now.modules()] == [False, False]
+
+
+def test_a_generator_is_found_wherever_it_is_put() -> None:
+    thing = Thing()
+    unsaved = Unsaved(thing)
+    assert list(unsaved.state(modules(thing))["generators"]) == ["random", "own"]
+    thing.phase = torch.Generator()  # type: ignore[assignment]
+    assert list(unsaved.state(modules(thing))["generators"]) == ["random", "own", "phase"]
 
 
 def test_a_buffer_of_another_shape_is_taken_over() -> None:

@@ -19,7 +19,7 @@ from mnemo.session.keeper import End, Keeper
 from mnemo.session.passes import LoaderPosition
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.stop import leave, on_sigterm
-from mnemo.session.unsaved import Unsaved
+from mnemo.session.unsaved import ModuleTree, Unsaved
 from mnemo.smp.board import Position
 from mnemo.snapshot.listing import (
     MODULE_PARTS,
@@ -75,6 +75,7 @@ class Session:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._objects = dict(objects or {})
+        self._tree = ModuleTree(model)
         self._unsaved = Unsaved(model)
         self._attributes = AttributeWatch("use objects=…")
         self._keeper: Keeper | None = None
@@ -237,7 +238,7 @@ class Session:
             leave(keeper, self._step)
 
     def _state(self) -> dict[str, Any]:
-        modules = list(self._model.named_modules())
+        modules = self._tree.modules()
         state: dict[str, Any] = {
             "model": module_state(self._model),
             "unsaved": self._unsaved.state(modules),

@@ -13,6 +13,28 @@ from mnemo.session.generators import KINDS, get_states, set_states
 Modules = Sequence[tuple[str, torch.nn.Module]]
 """Submodules by path, as ``named_modules`` gives them."""
 
+_no_generators: set[type] = set()
+"""Types of attributes that were looked at."""
+
+
+class ModuleTree:
+    """Submodules of a module, listed anew only where one was added, taken out or exchanged."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._listed: list[tuple[str, torch.nn.Module]] = []
+        self._children: list[tuple[torch.nn.Module, list[tuple[str, torch.nn.Module | None]]]] = []
+        """What each of them had below itself."""
+
+    def modules(self) -> Modules:
+        """As ``named_modules`` gives them, in a third of the time."""
+        if not self._listed or any(
+            _children(m) != then if then else m.__dict__["_modules"] for m, then in self._children
+        ):
+            self._listed = list(self._module.named_modules())
+            self._children = [(module, _children(module)) for _, module in self._listed]
+        return self._listed
+
 
 class Unsaved:
     """Of one module: flags, random generators, buffers that were written since this was made."""
@@ -25,25 +47,30 @@ class Unsaved:
         """Everything, by reference.
 
         Args:
-            modules: The module's, by path; listing them takes as long as the rest of this.
+            modules: The module's, by path; see `ModuleTree`.
         """
-        evaluating, frozen = [], []
+        evaluating, frozen, buffers, generators = [], [], {}, {}
         for path, child in modules:
             own = child.__dict__  # torch's attribute look-up takes twice as long
-            if not own["training"]:
+            if not child.training:  # what TorchScript has compiled keeps it elsewhere
                 evaluating.append(path)
             for name, parameter in own["_parameters"].items():
                 if parameter is not None and not parameter.requires_grad:
                     frozen.append(join(path, name))
+            for name in own["_non_persistent_buffers_set"]:
+                buffer = own["_buffers"].get(name)
+                if buffer is not None:
+                    where = join(path, name)
+                    if self._untouched.get(where) != _identity(buffer):
+                        buffers[where] = buffer
+            if not is_torchs(type(child)):  # type: ignore[arg-type]
+                for name, found in _own_generators(child):
+                    generators[join(path, name)] = get_states([found])[0]
         return {
             "evaluating": evaluating,
             "frozen": frozen,
-            "buffers": {
-                name: buffer
-                for name, buffer in _buffers(modules)
-                if self._untouched.get(name) != _identity(buffer)
-            },
-            "generators": {name: get_states([found])[0] for name, found in _generators(modules)},
+            "buffers": buffers,
+            "generators": generators,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -73,11 +100,6 @@ def is_torchs(kind: type[torch.nn.Module]) -> bool:
     return kind.__module__.startswith("torch.")
 
 
-@functools.cache
-def _is_generator(kind: type) -> bool:
-    return issubclass(kind, KINDS)
-
-
 def join(path: str, name: str) -> str:
     """The path of what a module at ``path`` calls ``name``."""
     return f"{path}.{name}" if path else name
@@ -95,9 +117,22 @@ def _buffers(modules: Modules) -> Iterator[tuple[str, torch.Tensor]]:
 def _generators(modules: Modules) -> Iterator[tuple[str, Any]]:
     for path, child in modules:
         if not is_torchs(type(child)):  # type: ignore[arg-type]
-            for name, value in child.__dict__.items():
-                if _is_generator(type(value)):  # type: ignore[arg-type]
-                    yield join(path, name), value
+            for name, value in _own_generators(child):
+                yield join(path, name), value
+
+
+def _own_generators(module: torch.nn.Module) -> Sequence[tuple[str, Any]]:
+    own = module.__dict__
+    # Most have none. Asking for all attributes at once takes a third of the time.
+    if _no_generators.issuperset(map(type, own.values())):
+        return ()
+    found = [(name, value) for name, value in own.items() if isinstance(value, KINDS)]
+    _no_generators.update(t for t in map(type, own.values()) if not issubclass(t, KINDS))
+    return found
+
+
+def _children(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module | None]]:
+    return [*module.__dict__["_modules"].items()]
 
 
 def _filled(buffer: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
