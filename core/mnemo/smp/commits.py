@@ -87,7 +87,7 @@ class Commits:
             self._compare(committed.tick)
             if self.persister is not None and self._is_to_be_stored(committed.tick, self.persister):
                 task = asyncio.get_running_loop().create_task(
-                    self._persist(self.persister, committed.tick + 1)
+                    self._persist(self.persister, self._pin_newest())
                 )
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -148,25 +148,32 @@ class Commits:
         """Persist the newest generation; the step of the newest checkpoint on storage, or -1."""
         if self.persister is None:
             return -1
-        await self._persist(self.persister, None)
+        async with self.persister.lock:  # what is newest then
+            pinned = self._pin_newest()
+        await self._persist(self.persister, pinned)
         return self.persister.newest_step
 
-    async def _persist(self, persister: Persister, below: int | None) -> None:
-        """Store the newest generation older than tick ``below``."""
-        async with persister.lock:
-            fetched, fds, slots = self.fetch(below)
-            if fetched.generation is None or fetched.generation == persister.newest:
-                return
+    def _pin_newest(self) -> tuple[m.Generation | None, list[int], list[Slot]]:
+        """The newest generation, which stays; `_persist` has to follow at once."""
+        fetched, fds, slots = self.fetch(None)
+        for slot in slots:
+            slot.pins += 1
+        return fetched.generation, fds, slots
+
+    async def _persist(
+        self, persister: Persister, pinned: tuple[m.Generation | None, list[int], list[Slot]]
+    ) -> None:
+        generation, fds, slots = pinned
+        try:
+            async with persister.lock:
+                if generation is not None and generation != persister.newest:
+                    stored = await persister.write(
+                        generation, dict(zip(sorted(self._shelf.ranks), fds, strict=True))
+                    )
+                    self._counts["persisted" if stored else "persist_failed"] += 1
+        finally:
             for slot in slots:
-                slot.pins += 1
-            try:
-                stored = await persister.write(
-                    fetched.generation, dict(zip(sorted(self._shelf.ranks), fds, strict=True))
-                )
-                self._counts["persisted" if stored else "persist_failed"] += 1
-            finally:
-                for slot in slots:
-                    slot.pins -= 1
+                slot.pins -= 1
         self.look()
         self._wake()
 
