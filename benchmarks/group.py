@@ -18,7 +18,7 @@ import xxhash
 from mnemo.erasure.stripes import Group
 from mnemo.protect import Neighbours, Piece, Protector, Shard
 from mnemo.protect.messages import Ask, Message, Opening
-from mnemo.protect.streams import receive_chunk
+from mnemo.protect.streams import Incoming
 from mnemo.smp import segment
 from mnemo.transport.address import Address, listen
 from mnemo.transport.handshake import Identity
@@ -40,13 +40,20 @@ class Memory:
         self._fds: dict[int, int] = {}
         self._made = -1
 
-    def commit(self, tick: int, size: int) -> None:
-        """Have a generation whose segment has ``size`` bytes of bulk."""
+    def commit(self, tick: int, size: int, unchanged: float = 0) -> None:
+        """Have a generation whose segment has ``size`` bytes of bulk.
+
+        A share of them, at the beginning, is as in the generation before.
+        """
         for old in sorted(self._fds)[:-1]:
             os.close(self._fds.pop(old))
+        before = self._fds.get(max(self._fds, default=-1), -1)
         fd = self._fds[tick] = segment.create("bench", size)
         for offset in range(0, size, CHUNK):
-            os.pwrite(fd, os.urandom(min(CHUNK, size - offset)), segment.PAGE + offset)
+            place, count = segment.PAGE + offset, min(CHUNK, size - offset)
+            is_kept = before >= 0 and offset < unchanged * size
+            content = os.pread(before, count, place) if is_kept else os.urandom(count)
+            os.pwrite(fd, content, place)
         meta = segment.Meta(0, 1, (), size, 0, 0, size, b"", b"", b"", {}, {})
         segment.seal(fd, tick, tick, size, meta)
 
@@ -194,9 +201,10 @@ class _Served:
         target = self.memory.make((Piece(0, size, size - segment.PAGE),))
         buffer, start = memoryview(bytearray(CHUNK)), time.perf_counter()
         async with self.neighbours.call(node, Ask(PLAIN)) as peer:
+            incoming = Incoming(peer)
             for number, offset in enumerate(range(0, target.size, CHUNK)):
                 part = buffer[: min(CHUNK, target.size - offset)]
-                await receive_chunk(peer, number, part)
+                await incoming.next(number, part)
                 target.write(offset, part)
         return time.perf_counter() - start
 

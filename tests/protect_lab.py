@@ -31,7 +31,7 @@ SECRET = bytes(range(32))
 QUICK = Rules(handshake_s=2, stall_s=2, ping_s=0.3, silence_s=2)
 PATIENCE_S = 30.0
 CHUNK = 16 << 10
-FREEZES = 8 * CHUNK
+FREEZES = 4 * CHUNK
 """Bytes of a segment that change together or not at all."""
 
 
@@ -58,11 +58,9 @@ class Memory:
         for rank, size in enumerate(sizes):
             fd = segment.create(f"lab:{rank}", size)
             bulk = bytearray(random.Random(f"{seed}/{tick}/{rank}").randbytes(size))
-            same = random.Random(f"{seed}/{rank}")
-            for start in range(0, size, FREEZES):
-                kept = same.randbytes(min(FREEZES, size - start))
-                if same.random() < frozen:
-                    bulk[start : start + FREEZES] = kept
+            starts, same = range(0, size, FREEZES), random.Random(f"{seed}/{rank}")
+            for start in same.sample(starts, round(frozen * len(starts))):
+                bulk[start : start + FREEZES] = same.randbytes(min(FREEZES, size - start))
             digests = b"".join(
                 xxhash.xxh3_64_intdigest(bulk[i : i + segment.CHUNK]).to_bytes(8, "little")
                 for i in range(0, size, segment.CHUNK)

@@ -46,33 +46,52 @@ def test_killed_at_a_random_instant_of_an_attempt(
     once_killed_at_random(number, parities, seed + attempt)
 
 
+@pytest.mark.parametrize(("number", "parities"), SHAPES[:2])
+@pytest.mark.parametrize("attempt", range(3))
+def test_killed_while_differences_travel(
+    number: int, parities: int, attempt: int, seed: int
+) -> None:
+    """The last protected generation, which is what they are differences to, is not touched."""
+    once_killed_at_random(number, parities, seed + attempt, frozen=0.5)
+
+
 @pytest.mark.campaign
+@pytest.mark.parametrize("frozen", [0, 0.5])
 @pytest.mark.parametrize(("number", "parities"), SHAPES)
 @pytest.mark.parametrize("attempt", range(30))
-def test_campaign_of_kills(number: int, parities: int, attempt: int, seed: int) -> None:
-    once_killed_at_random(number, parities, seed + attempt)
+def test_campaign_of_kills(
+    number: int, parities: int, attempt: int, frozen: float, seed: int
+) -> None:
+    once_killed_at_random(number, parities, seed + attempt, frozen)
 
 
-def once_killed_at_random(number: int, parities: int, seed: int) -> None:
-    """Protect two generations, kill while the second is under way, and bring back what was lost.
+def once_killed_at_random(number: int, parities: int, seed: int, frozen: float = 0) -> None:
+    """Protect generations, kill while the last is under way, and bring back what was lost.
 
-    The instant is that at which a member has sent a random part of what it will send.
+    The instant is that at which a member has sent a random part of what it will send. Where much of
+    each generation is ever the same, the last is the second that travels as differences.
     """
     chance = random.Random(seed)
     with lab.processes(number, parities, chunk=64 << 10, bytes_per_s=20e6) as nodes:
-        first, second = sizes_of(number, chance), sizes_of(number, chance)
-        lab.everybody(nodes, "commit", tick=1, sizes=first, seed=seed)
+        sizes = sizes_of(number, chance)
         lab.everybody(nodes, "start")
-        lab.everybody(nodes, "protected", tick=1)
-        lab.everybody(nodes, "commit", tick=2, sizes=second, seed=seed)
+        last = 4 if frozen else 2
+        for tick in range(1, last):
+            lab.everybody(nodes, "commit", tick=tick, sizes=sizes, seed=seed, frozen=frozen)
+            lab.everybody(nodes, "protected", tick=tick)
+        if not frozen:
+            sizes = sizes_of(number, chance)
+        lab.everybody(nodes, "commit", tick=last, sizes=sizes, seed=seed, frozen=frozen)
         lost = chance.sample(range(number), parities)
-        kept = {tick: [node.ask("hashes", tick=tick) for node in nodes] for tick in (1, 2)}
+        kept = {
+            tick: [node.ask("hashes", tick=tick) for node in nodes] for tick in (last - 1, last)
+        }
 
         sent = nodes[lost[0]].ask("status")["sent"]
-        instant = sent + chance.uniform(0, 1.1) * sum(second[str(lost[0])])
+        instant = sent + chance.uniform(0, 1.1) * (1 - frozen) * sum(sizes[str(lost[0])])
         while True:
             status = nodes[lost[0]].ask("status")
-            if status["sent"] >= instant or status["tick"] == 2:
+            if status["sent"] >= instant or status["tick"] == last:
                 break
         for position in lost:
             nodes[position].kill()
@@ -83,11 +102,12 @@ def once_killed_at_random(number: int, parities: int, seed: int) -> None:
         ticks = set(lab.everybody(replaced, "rebuild"))
         assert len(ticks) == 1
         tick = ticks.pop()
-        assert tick in (1, 2)
+        assert tick in (last - 1, last)
         assert status["tick"] <= tick
         for node in replaced:
             assert node.ask("hashes", tick=tick) == kept[tick][node.position]
 
         lab.everybody(replaced, "start")
-        lab.everybody(nodes, "commit", tick=5, sizes=first, seed=seed)
-        lab.everybody(nodes, "protected", tick=5)
+        for tick in (5, 6, 7):
+            lab.everybody(nodes, "commit", tick=tick, sizes=sizes, seed=seed, frozen=frozen)
+            lab.everybody(nodes, "protected", tick=tick)

@@ -26,7 +26,7 @@ from mnemo.protect.messages import Digests, Message, Offer, Stored
 from mnemo.protect.neighbours import Neighbours, cancel, together
 from mnemo.protect.plan import Plan
 from mnemo.protect.shard import Fragments, Table
-from mnemo.protect.streams import Stream, receive, receive_chunk
+from mnemo.protect.streams import Incoming, Outgoing, Stream, receive
 from mnemo.transport.peer import Peer
 
 WINDOW: Final = 2
@@ -153,20 +153,22 @@ async def _send_block(work: Work, stripe: int, index: int) -> None:
     own, old = np.zeros(chunks, "<u8"), work.old(stripe)
     buffer = memoryview(bytearray(plan.generation.chunk))
     async with work.offer(stripe, index, work.node(stripe, plan.group.code.k)) as hub:
+        outgoing = Outgoing(work.neighbours, hub)
         for chunk in range(chunks):
             part = buffer[: plan.length(stripe, index, chunk)]
             if not part:
                 break
             work.fragments.read(stripe, chunk, part)
             if old is None:
-                own[chunk] = await work.neighbours.send_chunk(hub, chunk, part)
+                own[chunk] = await outgoing.send(part)
                 continue
             own[chunk] = xxhash.xxh3_64_intdigest(part)
             if own[chunk] == old.digest(chunk):
-                await work.neighbours.skip_chunk(hub, chunk, len(part))
+                await outgoing.skip(len(part))
             else:
                 await work.neighbours.compute(add, part, old.read(chunk, len(part)))
-                await work.neighbours.send_chunk(hub, chunk, part)
+                await outgoing.send(part)
+        await outgoing.finish()
         await _take_digests(work, hub, stripe, index, own)
 
 
@@ -176,9 +178,10 @@ async def _store_parity(work: Work, stripe: int, index: int) -> None:
     hub = await work.inbox.get(stripe, index, work.node(stripe, plan.group.code.k))
     own, old = np.zeros(plan.chunks(stripe), "<u8"), work.old(stripe)
     buffer = memoryview(bytearray(plan.generation.chunk))
+    incoming = Incoming(hub, upon_base=old is not None)
     for chunk in range(plan.chunks(stripe)):
         part = buffer[: plan.length(stripe, index, chunk)]
-        digest = await receive_chunk(hub, chunk, part, may_lack=old is not None)
+        digest = await incoming.next(chunk, part)
         if digest is None:
             assert old is not None
             own[chunk] = await _carry_on(work, stripe, chunk, old)
@@ -193,8 +196,9 @@ async def _store_parity(work: Work, stripe: int, index: int) -> None:
 async def _carry_on(work: Work, stripe: int, chunk: int, old: OldFragment) -> int:
     """A chunk of a parity is as it was; its digest."""
     same = old.read(chunk, work.plan.stripe_length(stripe, chunk))
-    await work.neighbours.compute(check, same)
+    check(same)
     work.fragments.write(stripe, chunk, same.data)
+    await asyncio.sleep(0)  # else others might never run
     return same.digest
 
 
@@ -227,6 +231,7 @@ class _Hub:
         if work.base is not None:
             self._table[:] = work.base.tables[stripe]
         self._others: list[Peer[Message]] = []
+        self._outgoing: list[Outgoing] = []
 
     async def run(self) -> None:
         work, plan, stripe = self._work, self._work.plan, self._stripe
@@ -235,6 +240,7 @@ class _Hub:
             for index in range(k + 1, n):
                 offer = work.offer(stripe, index, work.node(stripe, index))
                 self._others.append(await stack.enter_async_context(offer))
+            self._outgoing = [Outgoing(work.neighbours, peer) for peer in self._others]
             holders = [
                 await work.inbox.get(stripe, index, work.node(stripe, index)) for index in range(k)
             ]
@@ -242,7 +248,7 @@ class _Hub:
             for index, holder in enumerate(holders):
                 chunks = range(plan.chunks(stripe))
                 stream = Stream(
-                    holder, plan, stripe, index, chunks, WINDOW, may_lack=work.base is not None
+                    holder, plan, stripe, index, chunks, WINDOW, upon_base=work.base is not None
                 )
                 stack.push_async_callback(stream.close)
                 streams.append(stream)
@@ -287,18 +293,22 @@ class _Hub:
                     self._note(index, chunk, data[index].digest)
                 self._table[len(data), chunk] = digest
                 await delivery
-                delivery = asyncio.ensure_future(self._deliver(chunk, parities[1:], skip=not came))
+                delivery = asyncio.ensure_future(
+                    self._deliver(chunk, parities[1:], unchanged=not came)
+                )
             await delivery
+            for outgoing in self._outgoing:
+                await outgoing.finish()
         finally:
             await cancel(delivery)
 
-    async def _deliver(self, chunk: int, parities: list[memoryview], *, skip: bool) -> None:
-        neighbours, k = self._work.neighbours, self._work.plan.group.code.k
-        for index, (other, parity) in enumerate(zip(self._others, parities, strict=True), k + 1):
-            if skip:
-                await neighbours.skip_chunk(other, chunk, len(parity))
+    async def _deliver(self, chunk: int, parities: list[memoryview], *, unchanged: bool) -> None:
+        k = self._work.plan.group.code.k
+        for index, (other, parity) in enumerate(zip(self._outgoing, parities, strict=True), k + 1):
+            if unchanged:
+                await other.skip(len(parity))
             else:
-                self._note(index, chunk, await neighbours.send_chunk(other, chunk, parity))
+                self._note(index, chunk, await other.send(parity))
 
     def _note(self, index: int, chunk: int, digest: int | None) -> None:
         """What travelled of a fragment; of what a difference makes, only its holder can say."""

@@ -38,8 +38,11 @@ log = logging.getLogger("mnemo.protect")
 
 RETRY_S: Final = 0.5
 """How long a member waits before it looks for its leader again."""
-WORTH: Final = 0.1
-"""Share of the data that did not change the last time, from which on only differences are sent."""
+WORTH: Final = 0.25
+"""Share of the data that did not change the last time, from which on only differences are sent.
+
+With less they take more of a core than they save.
+"""
 
 
 @dataclass(eq=False)

@@ -99,10 +99,12 @@ Opening = Join | Offer | Ask | Describe | Read | Rebuild
 class Chunk(msgspec.Struct, tag=True, frozen=True):
     """Chunk ``number`` of the fragment that this connection is for; its bytes are the payload.
 
-    In an attempt upon a base they are the difference to it, and none follow where there is none.
+    In an attempt upon a base they are the difference to it. Without any, this chunk and those that
+    follow, ``count`` in all, do not differ.
     """
 
     number: int
+    count: int = 1
 
 
 class Stored(msgspec.Struct, tag=True, frozen=True):

@@ -27,7 +27,7 @@ from mnemo.protect.messages import (
 from mnemo.protect.neighbours import Neighbours, together
 from mnemo.protect.plan import Plan
 from mnemo.protect.shard import Fragments, Table, seal_of
-from mnemo.protect.streams import receive, receive_chunk
+from mnemo.protect.streams import Incoming, receive
 from mnemo.transport.peer import Peer
 
 log = logging.getLogger("mnemo.protect")
@@ -231,9 +231,10 @@ class Rebuilding:
         epoch, first, stop = plan.generation.epoch, wanted[0], wanted[-1] + 1
         request = Rebuild(self._fit, epoch, stripe, index, first, stop, lost)
         async with self._neighbours.call(node, request) as peer:
+            incoming = Incoming(peer)
             for chunk in wanted:
                 part = buffer[: plan.length(stripe, index, chunk)]
-                digest = await receive_chunk(peer, chunk, part)
+                digest = await incoming.next(chunk, part)
                 if digest != table[index][chunk]:
                     raise FragmentError(f"{node} computed chunk {chunk} wrongly")
                 self._fragments.write(stripe, chunk, part)

@@ -1,15 +1,20 @@
-"""Fragments on a connection, chunk by chunk."""
+"""Fragments on a connection, chunk by chunk; chunks that are as in a base are named in runs."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from mnemo.errors import FragmentError, PeerError, ProtectionError
 from mnemo.protect.messages import Chunk, Message, Refused
-from mnemo.protect.neighbours import cancel
+from mnemo.protect.neighbours import Neighbours, cancel
 from mnemo.protect.plan import Plan
 from mnemo.transport.peer import Peer, Received
+
+UNCHANGED: Final = 1 / 3
+"""What a chunk that is not sent counts towards the rate: as much less as it takes of a core."""
+_RUN: Final = 16
+"""Most unchanged chunks that are named at once: the other side has something to do by then."""
 
 
 class Part(NamedTuple):
@@ -64,21 +69,76 @@ async def receive(
     return received
 
 
-async def receive_chunk(
-    peer: Peer[Message], number: int, into: memoryview, *, may_lack: bool = False
-) -> int | None:
-    """Chunk ``number``, which fills ``into``; its digest, or None if it may lack and does.
+class Incoming:
+    """Chunks of one fragment, one after the other, as `Outgoing` sends them."""
 
-    Raises:
-        PeerError, ProtectionError, FragmentError: As of `receive`.
-    """
-    received = await receive(peer, Chunk, into, may_lack=may_lack)
-    assert isinstance(received.message, Chunk)
-    if received.message.number != number:
-        raise FragmentError(
-            f"{peer.node} sent chunk {received.message.number} where {number} belongs"
-        )
-    return received.digest
+    def __init__(self, peer: Peer[Message], *, upon_base: bool = False) -> None:
+        """Receive from ``peer``, all of them or, upon a base, those that differ."""
+        self._peer = peer
+        self._upon_base = upon_base
+        self._unchanged = range(0)
+
+    async def next(self, number: int, into: memoryview) -> int | None:
+        """Chunk ``number``, which fills ``into``; its digest, or None if it does not differ.
+
+        Raises:
+            PeerError, ProtectionError, FragmentError: As of `receive`.
+        """
+        if number in self._unchanged:
+            return None
+        received = await receive(self._peer, Chunk, into, may_lack=self._upon_base)
+        message = received.message
+        assert isinstance(message, Chunk)
+        if message.number != number:
+            raise FragmentError(
+                f"{self._peer.node} sent chunk {message.number} where {number} belongs"
+            )
+        if received.digest is None:
+            self._unchanged = range(number, number + message.count)
+        return received.digest
+
+
+class Outgoing:
+    """Chunks of one fragment, of which those that do not differ are only named."""
+
+    def __init__(self, neighbours: Neighbours, peer: Peer[Message]) -> None:
+        """Send to ``peer``; `finish` when it has all."""
+        self._neighbours = neighbours
+        self._peer = peer
+        self._next = 0
+        self._unchanged = 0
+
+    async def send(self, data: memoryview) -> int:
+        """The next chunk, or its difference; its digest.
+
+        Raises:
+            PeerError: The connection failed.
+        """
+        await self.finish()
+        self._next += 1
+        return await self._neighbours.send_chunk(self._peer, self._next - 1, data)
+
+    async def skip(self, size: int) -> None:
+        """The next chunk, of ``size`` bytes, does not differ.
+
+        Raises:
+            PeerError: The connection failed.
+        """
+        await self._neighbours.rate.take(round(size * UNCHANGED))
+        await asyncio.sleep(0)  # else others might never run
+        self._unchanged += 1
+        if self._unchanged == _RUN:
+            await self.finish()
+
+    async def finish(self) -> None:
+        """Name what was skipped.
+
+        Raises:
+            PeerError: The connection failed.
+        """
+        if self._unchanged:
+            await self._peer.send(Chunk(self._next, self._unchanged))
+            self._next, self._unchanged = self._next + self._unchanged, 0
 
 
 class Stream:
@@ -93,7 +153,7 @@ class Stream:
         chunks: range,
         window: int,
         *,
-        may_lack: bool = False,
+        upon_base: bool = False,
     ) -> None:
         """Begin to receive; ended by `close`.
 
@@ -104,10 +164,9 @@ class Stream:
             index: Its number.
             chunks: Those that come.
             window: Chunks kept at most, that which was taken last included.
-            may_lack: Chunks may come without bytes: then they are zeros.
+            upon_base: They are differences, zeros where none comes.
         """
-        self._peer = peer
-        self._may_lack = may_lack
+        self._incoming = Incoming(peer, upon_base=upon_base)
         self._plan = plan
         self._stripe = stripe
         self._index = index
@@ -148,9 +207,7 @@ class Stream:
                 width = plan.stripe_length(stripe, chunk)
                 digest = None
                 if length:
-                    digest = await receive_chunk(
-                        self._peer, chunk, buffer[:length], may_lack=self._may_lack
-                    )
+                    digest = await self._incoming.next(chunk, buffer[:length])
                 came = 0 if digest is None else length
                 buffer[came:width] = bytes(width - came)
                 self._ready.put_nowait(Part(buffer[:width], digest, buffer))
