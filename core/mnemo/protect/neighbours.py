@@ -27,8 +27,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Serve = Callable[[Peer[Message], Opening], Awaitable[None]]
 
-UNCHANGED: Final = 1 / 8
-"""What a chunk that is not sent counts towards the rate: as much less as it takes of a core."""
 PER_CORE: Final = 8e6
 """Bytes of fragments that a node sends by default, a second and a core: about a fiftieth of it."""
 _NICE: Final = 19
@@ -61,6 +59,8 @@ class Neighbours:
         """Bytes of fragments that left this node."""
         self._me = me
         self._addresses = dict(addresses)
+        self._lines: dict[str, set[asyncio.Task[Peer[Message]]]] = {}
+        self._hanging_up: set[asyncio.Task[None]] = set()
         self._serves: dict[int, Serve] = {}
         self._listener = Listener(me, sock, DECODER, self._serve, rules)
         self._worker = ThreadPoolExecutor(1, "mnemo-protect", initializer=_be_nice)
@@ -76,9 +76,17 @@ class Neighbours:
         return self._listener.address
 
     def moved(self, node: str, address: Address) -> None:
-        """``node`` listens at ``address`` from now on."""
-        if node != self.name:
-            self._addresses[node] = address
+        """``node`` listens at ``address`` from now on.
+
+        If that is another one, whoever was there is not: connections to it end now.
+        """
+        if node == self.name or self._addresses.get(node) == address:
+            return
+        self._addresses[node] = address
+        for line in self._lines.pop(node, ()):
+            task = asyncio.ensure_future(_hang_up(line))
+            self._hanging_up.add(task)
+            task.add_done_callback(self._hanging_up.discard)
 
     def attend(self, fit: int, serve: Serve | None) -> None:
         """Have ``serve`` take the connections that concern ``fit``; None: nobody does any more."""
@@ -101,23 +109,27 @@ class Neighbours:
         address = self._addresses.get(node)
         if address is None:
             raise PeerLostError(node, "its address is not known")
-        peer = await connect(self._me, address, DECODER, expect=node, rules=self.rules)
+        lines = self._lines.setdefault(node, set())
+        line = asyncio.ensure_future(
+            connect(self._me, address, DECODER, expect=node, rules=self.rules)
+        )
+        lines.add(line)
         try:
+            await asyncio.wait({line})
+            if line.cancelled():
+                raise PeerLostError(node, f"it is not at {address} any more")
+            peer = line.result()
             await peer.send(opening)
             yield peer
         finally:
-            await peer.close()
+            lines.discard(line)
+            await _hang_up(line)
 
     async def send_chunk(self, peer: Peer[Message], number: int, data: memoryview) -> int:
         """Send a chunk when the rate allows it; return its digest."""
         digest = await peer.send(Chunk(number), data, rate=self.rate)
         self.sent += len(data)
         return digest or 0
-
-    async def skip_chunk(self, peer: Peer[Message], number: int, size: int) -> None:
-        """Say that a chunk of ``size`` bytes is as it was, when the rate allows it."""
-        await self.rate.take(round(size * UNCHANGED))
-        await peer.send(Chunk(number))
 
     async def compute(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``function`` in the thread that computes, which yields to everything else."""
@@ -135,6 +147,7 @@ class Neighbours:
     async def close(self) -> None:
         """Hang up on everybody."""
         await self._listener.close()
+        await asyncio.gather(*self._hanging_up)
         self._worker.shutdown()
 
 
@@ -157,6 +170,14 @@ async def cancel(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _hang_up(line: asyncio.Task[Peer[Message]]) -> None:
+    """End a connection, made or in the making; harmless a second time."""
+    if not line.done():
+        await cancel(line)
+    elif not line.cancelled() and not line.exception():
+        await line.result().close()
 
 
 def _be_nice() -> None:
