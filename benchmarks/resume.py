@@ -8,8 +8,8 @@ it until model and optimizer hold it. Restoring is compared with loading the sam
 
 With *reading ahead*, the snapshot is read in the background from before the model and the optimizer
 are made, as it is where `MnemoCallback` is made before the model. What that costs them shows in
-`setup`, and what it comes to in `total`. Without it is what a `mnemo.Session` does, which is made
-behind the model, and any program that was not started as a rank of a launcher.
+`setup`, and what it comes to in `total`. *Not read ahead* is what any program gets that no launcher
+has given a rank, and about what a `mnemo.Session` gets, which is made behind the model.
 
 Before either is timed, memory is touched and freed until that goes at a steady rate. On a virtual
 machine the first touch of a page costs the host's fault, which is seconds for a state of this size
