@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -158,7 +159,18 @@ def test_damaged_snapshots_are_not_called_missing(zygote: Zygote, tmp_path: Path
     with holding(zygote, "gpt", 6, **settings):
         pass
     assert mnemo("rollback", "gpt", "--to", 6).code == 0  # waits for a checkpoint on its way
+    assert "checksum" not in mnemo("status", "gpt", "--check").out
     assert damage(status_of("gpt")["smp"]["pid"]) >= 2
+    assert status_of("gpt")["fits"][0]["checked"] is None
+    said = mnemo("status", "gpt", "--check")
+    assert said.code == 0, said.err
+    for step in (5, 6):
+        assert (
+            f"damaged            chunk 0 of rank 0's snapshot of step {step} fails its" in said.out
+        )
+    assert "no snapshot in memory can be used" in said.out
+    (fit,) = json.loads(mnemo("status", "gpt", "--check", "--json").out)["runs"][0]["fits"]
+    assert [found["step"] for found in fit["checked"]][:2] == [6, 5]
 
     refused = mnemo("export", "gpt", out, "--from", "memory")
     assert (refused.code, refused.out) == (1, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 import typer
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mnemo.cli import words
+from mnemo.cli.check import check
 from mnemo.cli.runs import Directory, Run, all_runs, one_run, run_directory
 
 VERSION: Final = 1
@@ -27,12 +29,15 @@ def status(
     *,
     directory: Directory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--check", help="Read the snapshots, and say which are damaged.")
+    ] = False,
 ) -> None:
     """Show the runs of this node: where they are, what is kept, what a crash would cost."""
     parent = run_directory(directory)
     runs = [one_run(run_id, parent)] if run_id else all_runs(parent)
     now = time.time()
-    described = [describe(run, now) for run in runs]
+    described = [describe(run, now, check(run) if verify else {}) for run in runs]
     if as_json:
         found = {"version": VERSION, "time": now, "directory": str(parent), "runs": described}
         typer.echo(json.dumps(found, indent=2))
@@ -42,8 +47,13 @@ def status(
         typer.echo(f"no runs in {parent}")
 
 
-def describe(run: Run, now: float) -> dict[str, Any]:
-    """One run as plain data. Sizes in bytes, ages in seconds, `now` in unix seconds."""
+def describe(
+    run: Run, now: float, checked: Mapping[int, list[dict[str, Any]]] | None = None
+) -> dict[str, Any]:
+    """One run as plain data. Sizes in bytes, ages in seconds, `now` in unix seconds.
+
+    ``checked`` is what `mnemo.cli.check.check` has found.
+    """
     described: dict[str, Any] = {
         "run": run.paths.run_id,
         "directory": str(run.paths.directory),
@@ -66,7 +76,7 @@ def describe(run: Run, now: float) -> dict[str, Any]:
         "keep_alive_s": told["keep_alive_s"],
         "kept_for_s": told["kept_for_s"],
         "counters": told["counts"],
-        "fits": [_describe_fit(fit, now) for fit in told["fits"]],
+        "fits": [_describe_fit(fit, now, (checked or {}).get(fit["fit"])) for fit in told["fits"]],
     }
 
 
@@ -78,11 +88,16 @@ def _state(fits: list[dict[str, Any]]) -> str:
     return "finished" if all(fit["finished"] for fit in connected) else "training"
 
 
-def _describe_fit(fit: dict[str, Any], now: float) -> dict[str, Any]:
+def _describe_fit(
+    fit: dict[str, Any], now: float, checked: list[dict[str, Any]] | None
+) -> dict[str, Any]:
     newest, persist, protect = fit["committed"], fit["persist"], fit["protect"]
     stored = persist["newest_step"] if persist and persist["newest_step"] >= 0 else None
     reached = max((p["step"] for p in fit["progress"]), default=0)
-    safe = max(newest["step"] if newest else 0, stored or 0)
+    in_memory = newest["step"] if newest else 0
+    if checked is not None:
+        in_memory = max((found["step"] for found in checked if not found["damaged"]), default=0)
+    safe = max(in_memory, stored or 0)
     return {
         "fit": fit["fit"],
         "finished": fit["finished"],
@@ -94,6 +109,7 @@ def _describe_fit(fit: dict[str, Any], now: float) -> dict[str, Any]:
             "step": newest["step"],
             "age_s": now - newest["time"],
         },
+        "checked": checked,
         "memory_bytes": fit["memory"],
         "replicas_differ": fit["differ"],
         "steps_at_risk": max(0, reached - safe),
@@ -192,6 +208,11 @@ def _fit_facts(run: dict[str, Any], fit: dict[str, Any]) -> Table:
         "newest snapshot",
         f"step {newest['step']}, {words.span(newest['age_s'])} old" if newest else "none yet",
     )
+    damaged = [found["damaged"] for found in fit["checked"] or () if found["damaged"]]
+    for what in damaged:
+        facts.add_row("damaged", Text(what, "red"))
+    if damaged and len(damaged) == len(fit["checked"]):
+        facts.add_row("", Text("no snapshot in memory can be used", "red"))
     if protect := fit["protect"]:
         kept = protect["newest_step"]
         step = "nothing yet" if kept is None else f"step {kept}"
