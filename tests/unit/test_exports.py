@@ -90,7 +90,15 @@ PUBLIC: dict[str, set[str]] = {
         "reach",
     },
     "mnemo.launcher": {"Agent", "Hooks", "LaunchOptions", "Position"},
-    "mnemo.protect": {"Holdings", "Neighbours", "Piece", "Protector", "Shard", "Standing"},
+    "mnemo.protect": {
+        "Holdings",
+        "Neighbours",
+        "Piece",
+        "Protector",
+        "Shard",
+        "Standing",
+        "default_rate",
+    },
     "mnemo.session": {"Keeper", "Place", "Restored", "Session"},
     "mnemo.storage": {
         "Checkpoint",

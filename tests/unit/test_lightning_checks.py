@@ -56,12 +56,6 @@ def test_what_is_off_depends_on_who_started_it(monkeypatch: pytest.MonkeyPatch) 
     assert line.startswith("when one rank dies, all start again from memory")
 
 
-def test_several_nodes() -> None:
-    """Slurm says nothing of how many of the ranks are on this one."""
-    with pytest.raises(ConfigError, match="num_nodes is 2: this version of mnemo protects one"):
-        require_supported(Pretends(SimpleNamespace(num_nodes=2)), MnemoCallback)
-
-
 def test_wrong_settings_are_told_before_training() -> None:
     with pytest.raises(ConfigError, match=r"snapshot\.overhed"):
         MnemoCallback(snapshot={"overhed": "1%"})

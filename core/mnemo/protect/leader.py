@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, TypeVar
 
 from mnemo.erasure.stripes import Group
@@ -37,6 +38,11 @@ A = TypeVar("A", Pinned, Complete)
 
 RETRY_S: Final = 1.0
 """How long nothing is tried after an attempt that was given up."""
+_MOST_AHEAD: Final = 15
+"""Generations from the newest one to the one that is proposed, where they follow too fast."""
+_AHEAD_S: Final = 2.0
+"""How long such a one is waited for: where they are slower, none was gone."""
+_TICKS_A_STEP: Final = 2
 
 
 @dataclass(eq=False)
@@ -47,6 +53,16 @@ class Follower:
     tell: Callable[[FromLeader], None]
     holds: Holds | None = None
     answer: FromMember | None = None
+
+
+class _GoneError(ProtectionError):
+    """A generation was overwritten before it could be held: the next follow too fast."""
+
+
+def _stride(known: Iterable[Holds]) -> int:
+    """Ticks from one generation to the next, as far as that is seen."""
+    ticks = (sorted(held.ticks) for held in known)
+    return min((b - a for found in ticks for a, b in pairwise(found)), default=_TICKS_A_STEP)
 
 
 class Leader:
@@ -68,6 +84,8 @@ class Leader:
         self._members: dict[str, Follower] = {}
         self._changed = asyncio.Event()
         self._epoch = -1
+        self._ahead = 0
+        """How far ahead what is proposed has to lie, in generations; 0 if the newest will do."""
         self._trusts_base = True
 
     # --- members ------------------------------------------------------------------------------
@@ -108,14 +126,23 @@ class Leader:
             epoch = self._epoch
             try:
                 await self._attempt(epoch, tick)
+                self._ahead = 0
+            except _GoneError:
+                self._tell_all(Void(epoch))
+                self._ahead = min(2 * self._ahead + 1, _MOST_AHEAD)
             except ProtectionError as error:
+                self._ahead = 0
                 log.warning("generation %d is not protected yet: %s", tick, error)
                 self._tell_all(Void(epoch))
                 self._trusts_base = False  # it may be what is damaged
                 await asyncio.sleep(RETRY_S)
 
     def _next(self) -> int | None:
-        """The newest generation that all hold and that is not protected yet."""
+        """The newest generation that all hold and that is not protected yet.
+
+        Where they hold none in common, or what was proposed was gone when they heard of it, one
+        that is still to come: those are the same for all.
+        """
         holds = [self._members[n].holds for n in self._group.nodes if n in self._members]
         known = [held for held in holds if held is not None]
         if len(known) < len(self._group.nodes):
@@ -126,7 +153,13 @@ class Leader:
         for held in known:
             common &= set(held.ticks.items())
         newest = max(common, default=(-1, -1))[0]
-        return newest if newest > self._standing.tick else None
+        if newest > self._standing.tick and not self._ahead:
+            return newest
+        reached = [max(held.ticks, default=-1) for held in known]
+        if min(reached) <= self._standing.tick:
+            return None
+        self._ahead = max(1, self._ahead)
+        return max(reached) + self._ahead * _stride(known)
 
     async def _attempt(self, epoch: int, tick: int) -> None:
         """Try to protect ``tick``.
@@ -138,7 +171,8 @@ class Leader:
         for member in present.values():
             member.answer = None
         self._tell_all(Propose(epoch, tick, self._standing.epoch))
-        pinned = await self._answers(present, Pinned, self._patience_s)
+        patience_s = min(self._patience_s, _AHEAD_S) if self._ahead else self._patience_s
+        pinned = await self._answers(present, Pinned, patience_s)
         bases = {answer.base for answer in pinned}
         steps = {answer.step for answer in pinned}
         if len(steps) > 1:
@@ -182,6 +216,8 @@ class Leader:
                 if self._members.get(node) is not present[node]:
                     raise ProtectionError(f"node {node} went away")
                 answer = present[node].answer
+                if isinstance(answer, Failed) and answer.gone:
+                    raise _GoneError(f"node {node}: {answer.why}")
                 if isinstance(answer, Failed):
                     raise ProtectionError(f"node {node}: {answer.why}")
             answers = [present[node].answer for node in self._group.nodes]

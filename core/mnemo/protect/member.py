@@ -81,6 +81,8 @@ class Member:
         self._codec = codec
         self._position = group.nodes.index(neighbours.name)
         self._candidate: _Candidate | None = None
+        self._awaited: Propose | None = None
+        """Of a generation that is still to come."""
         self._epoch = -1
         self._outbox: asyncio.Queue[FromMember] | None = None
 
@@ -144,8 +146,13 @@ class Member:
         if self._outbox is not None:
             self._outbox.put_nowait(message)
 
-    def tell_holdings(self) -> None:
+    def look(self) -> None:
         """What this node has is not what it was."""
+        self._pin_awaited()
+        self.tell_holdings()
+
+    def tell_holdings(self) -> None:
+        """Say what this node has."""
         address = self._neighbours.address
         self._say(
             Holds(
@@ -172,10 +179,20 @@ class Member:
         await self.abandon()
         self._epoch = max(self._epoch, proposal.epoch)
         self._keeping.drop_all_but(proposal.base)
-        step = self._keeping.holdings.ticks().get(proposal.tick)
+        self._awaited = proposal
+        self._pin_awaited()
+
+    def _pin_awaited(self) -> None:
+        """Hold what was proposed as soon as it is there, before the next can take its place."""
+        proposal, ticks = self._awaited, self._keeping.holdings.ticks()
+        if proposal is None or max(ticks, default=-1) < proposal.tick:
+            return
+        self._awaited = None
+        step = ticks.get(proposal.tick)
         shard = None if step is None else self._keeping.holdings.pin(proposal.tick)
         if step is None or shard is None:
-            self._say(Failed(proposal.epoch, f"generation {proposal.tick} is gone"))
+            why = f"generation {proposal.tick} is gone"
+            self._say(Failed(proposal.epoch, why, gone=True))
             return
         rules = self._neighbours.rules
         inbox = Inbox(rules.handshake_s + rules.stall_s)
@@ -263,7 +280,7 @@ class Member:
 
     async def abandon(self) -> None:
         """Let go of the candidate, if there is one."""
-        candidate, self._candidate = self._candidate, None
+        candidate, self._candidate, self._awaited = self._candidate, None, None
         if candidate is None:
             return
         candidate.inbox.close()

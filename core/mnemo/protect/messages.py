@@ -153,7 +153,10 @@ class Holds(msgspec.Struct, tag=True, frozen=True):
 
 
 class Propose(msgspec.Struct, tag=True, frozen=True):
-    """The leader: hold ``tick`` unchanged. Of what is kept only epoch ``base`` is needed."""
+    """The leader: hold ``tick`` unchanged. Of what is kept only epoch ``base`` is needed.
+
+    Where generations follow each other too fast, it is one that is still to come.
+    """
 
     epoch: _Count
     tick: int
@@ -191,10 +194,11 @@ class Complete(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
-    """A member cannot go on with this epoch."""
+    """A member cannot go on with this epoch; ``gone``: it has newer generations than that."""
 
     epoch: int
     why: str
+    gone: bool = False
 
 
 class Protected(msgspec.Struct, tag=True, frozen=True):

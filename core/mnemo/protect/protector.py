@@ -98,7 +98,7 @@ class Protector:
 
     def changed(self) -> None:
         """The holdings have changed."""
-        self._member.tell_holdings()
+        self._member.look()
 
     async def forget_after(self, tick: int) -> None:
         """Training goes on from ``tick``: later generations are not what they were."""
