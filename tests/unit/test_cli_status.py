@@ -26,6 +26,7 @@ def told(**changes: Any) -> dict[str, Any]:
         "fit": 0,
         "finished": False,
         "members": 2,
+        "ranks": [0, 1],
         "connected": {"0": 101, "1": 102},
         "committed": {"tick": 80, "step": 40, "time": NOW - 3},
         "differ": "",
@@ -66,6 +67,20 @@ def shown(*runs: dict[str, Any]) -> list[str]:
     show(list(runs), console)
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def test_ranks_of_one_of_several_nodes() -> None:
+    here = told(
+        ranks=[4, 5],
+        connected={"4": 101, "5": 102},
+        segments=[{"rank": 5, "index": 0, "state": "SEALED", "tick": 80, "step": 40, "bytes": 9}],
+    )
+    (fit,) = described(here)["fits"]
+    assert [(rank["rank"], rank["pid"], rank["step"]) for rank in fit["ranks"]] == [
+        (4, 101, 42),
+        (5, 102, 41),
+    ]
+    assert fit["ranks"][1]["snapshots"] == [{"tick": 80, "step": 40}]
 
 
 def test_a_training_run_as_data() -> None:

@@ -102,7 +102,7 @@ def _describe_fit(
         "fit": fit["fit"],
         "finished": fit["finished"],
         "members": fit["members"],
-        "ranks": [_describe_rank(rank, fit, now) for rank in range(fit["members"])],
+        "ranks": [_describe_rank(slot, rank, fit, now) for slot, rank in enumerate(_ranks_of(fit))],
         "newest": newest
         and {
             "tick": newest["tick"],
@@ -130,8 +130,14 @@ def _describe_fit(
     }
 
 
-def _describe_rank(rank: int, fit: dict[str, Any], now: float) -> dict[str, Any]:
-    at: dict[str, Any] = next((p for p in fit["progress"] if p["slot"] == rank), {})
+def _ranks_of(fit: dict[str, Any]) -> list[int]:
+    """This node's ranks; where some have not joined yet, as if it were the only node."""
+    joined: list[int] = fit["ranks"]
+    return joined if len(joined) == fit["members"] else list(range(fit["members"]))
+
+
+def _describe_rank(slot: int, rank: int, fit: dict[str, Any], now: float) -> dict[str, Any]:
+    at: dict[str, Any] = next((p for p in fit["progress"] if p["slot"] == slot), {})
     sealed = sorted(
         (s["tick"], s["step"])
         for s in fit["segments"]

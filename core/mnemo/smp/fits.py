@@ -309,6 +309,7 @@ class Fit:
             "fit": self.number,
             "finished": self.is_finished,
             "members": self.shelf.members,
+            "ranks": sorted(self.shelf.ranks),
             "connected": {rank: seat.pid for rank, seat in self.seats.items()},
             "memory": self._memory,
             "progress": [] if self.is_over else self.board.positions(),
