@@ -10,6 +10,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from commands import mnemo
 from nodes_lab import PATIENCE_S, Cluster
 
 from mnemo.types import EXIT_STATE_SAVED
@@ -46,6 +48,10 @@ def lines(said: str) -> str:
     return "\n".join(line for line in said.splitlines() if "reducer.cpp" not in line)
 
 
+def steps_of(store: Path) -> set[int]:
+    return {int(checkpoint.name.removeprefix("step-")) for checkpoint in store.glob("step-*")}
+
+
 def test_several_nodes_want_protection(cluster: Callable[..., Cluster]) -> None:
     made = cluster()
     assert made.codes() == [1, 1]
@@ -61,14 +67,19 @@ def test_they_want_a_secret_in_common(cluster: Callable[..., Cluster]) -> None:
     assert "the 2 nodes need the same secret: set MNEMO_SECRET_FILE on all of them" in made.said[0]
 
 
-def test_another_secret_is_named_and_training_goes_on(
-    cluster: Callable[..., Cluster], tmp_path: Path
-) -> None:
+@pytest.fixture
+def other_secret(tmp_path: Path) -> str:
     other = tmp_path / "other"
     other.touch(0o600)
     other.write_bytes(b"x" * 32)
+    return str(other)
+
+
+def test_another_secret_is_named_and_training_goes_on(
+    cluster: Callable[..., Cluster], other_secret: str
+) -> None:
     made = cluster(MNEMO_PROTECT__NODES="1+1")
-    made.own[1] = {"MNEMO_SECRET_FILE": str(other)}
+    made.own[1] = {"MNEMO_SECRET_FILE": other_secret}
     said = made.run()
     assert re.search(r"mnemo: node node-0 cannot reach node-1 at \S+: not authenticated", said)
     assert re.search(r"mnemo: node node-1 cannot reach node-0 at \S+: not authenticated", said)
@@ -136,6 +147,41 @@ def test_sigterm_on_one_node_stops_all_at_the_same_step(
     assert f"resumed from memory at step {done.pop()}, 0 steps lost" in said
 
 
+def test_nothing_is_given_up_while_other_nodes_cannot_be_reached(
+    cluster: Callable[..., Cluster], other_secret: str
+) -> None:
+    made = cluster(steps=200, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 0)
+        made.lose(ranks, [1])
+    made.own[1] = {"MNEMO_SECRET_FILE": other_secret}
+    assert made.codes() == [1, 1]
+    assert re.search(
+        r"ProtectionError: rank 1's node: 2 of 2 nodes lost .*Start again when its nodes can be "
+        r"reached \(node node-1 cannot reach node-0 at \S+: not authenticated.*run.resume=never",
+        made.said[1],
+    )
+    del made.own[1]
+    made.lose([], [1])
+    assert "resumed from memory at step" in lines(made.run())
+
+
+def test_another_code_from_one_life_to_the_next(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(4, steps=200, MNEMO_PROTECT__NODES="3+1", MNEMO_SNAPSHOT__EVERY="1")
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 0)
+        for rank in ranks:
+            rank.kill()
+    before = made.steps_done()
+    made.settings["MNEMO_PROTECT__NODES"] = "2+2"
+    with made.life() as ranks:
+        until("a newer protected step", lambda: made.protected_step() > before)
+        made.lose(ranks, [1, 2])
+    said = lines(made.run())
+    assert "resumed from memory at step" in lines(made.said[1])
+    assert "resumed from memory at step" in said
+
+
 def test_ranks_on_other_nodes_than_before(cluster: Callable[..., Cluster]) -> None:
     made = cluster(steps=200, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
     with made.life() as ranks:
@@ -164,3 +210,16 @@ def test_more_nodes_lost_than_parities_go_on_from_storage(
         until("checkpoints", lambda: all(s > 0 for s in made.stored_steps()))
         made.lose(ranks, [0, 2])
     assert "resumed from storage at step" in lines(made.run())
+
+    out, store = tmp_path / "state.pt", str(tmp_path / "store")
+    done = mnemo("export", "cluster", str(out), "--from=storage", "--persist-to", store)
+    assert (done.code, done.out) == (
+        0,
+        f"step 200 of cluster, from storage, written to {out}\n",
+    ), done.err
+    assert torch.load(out, weights_only=False)["position"]["step"] == 200
+    done = mnemo("rollback", "cluster", "--to=150", "--yes", "--persist-to", store)
+    assert done.code == 0, done.err
+    kept = {node: steps_of(tmp_path / "store" / f"cluster.node-{node}") for node in range(3)}
+    assert max(set.intersection(*kept.values())) <= 150
+    assert max(set.union(*kept.values())) <= 150

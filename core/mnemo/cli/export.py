@@ -85,7 +85,11 @@ def export(
             newest
             for number in sorted(live | stored.keys(), reverse=True)
             if fit in (None, number)
-            and (newest := _newest(run, number, number in live, stored.get(number), step, damaged))
+            and (
+                newest := _newest(
+                    run, number, number in live, stored.get(number, ()), step, damaged
+                )
+            )
         ),
         None,
     )
@@ -123,11 +127,14 @@ def _newest(
     run: runs.Run,
     fit: int,
     live: bool,
-    store: CheckpointStore | None,
+    stored: tuple[CheckpointStore, ...],
     step: int | None,
     damaged: list[IntegrityError],
 ) -> Generation | None:
-    """The newest generation of a fit, or that of ``step``; storage's only if that is newer."""
+    """The newest generation of a fit, or that of ``step``; storage's only if that is newer.
+
+    Of several nodes each has all that replicas hold: the next one's counts only if it is newer.
+    """
     from mnemo.session.export import from_memory, from_storage
 
     found = None
@@ -135,7 +142,7 @@ def _newest(
         with runs.connect(run.paths) as client:
             secret = auth.load_or_create_secret(run.paths.secret)
             found = from_memory(client, fit, secret, step, damaged)
-    if store is not None:
+    for store in stored:
         found = from_storage(store, step, damaged, found.tick if found else -1) or found
     return found
 

@@ -74,7 +74,8 @@ def rollback(
             client.tell(m.Rollback(to), timeout_s=_PERSISTING_S)
     # Listed anew: a checkpoint that was on its way to storage has arrived by now.
     deleted = {
-        fit: _delete(store, to) for fit, store in (runs.stores(run_id, url) if url else {}).items()
+        fit: sorted({step for store in stored for step in _delete(store, to)}, reverse=True)
+        for fit, stored in (runs.stores(run_id, url) if url else {}).items()
     }
     journal = Journal(journal_path(load_config(config).run.journal, run_id))
     journal.write(
@@ -98,7 +99,7 @@ def rollback(
 
 
 def plan(
-    run: runs.Run, client: SmpClient | None, found: dict[int, CheckpointStore], to: int
+    run: runs.Run, client: SmpClient | None, found: dict[int, tuple[CheckpointStore, ...]], to: int
 ) -> list[FitPlan]:
     """What rolling back means for each fit of which there is anything.
 
@@ -109,7 +110,7 @@ def plan(
     for fit in sorted(run.fits | found.keys()):
         # Before and after a validation, a step has a generation each.
         memory = tuple(dict.fromkeys(_in_memory(client, fit))) if client is not None else ()
-        stored = tuple(c.step for c in found[fit].checkpoints()) if fit in found else ()
+        stored = _in_all(found.get(fit, ()))
         if memory or stored:
             plans.append(FitPlan(fit, memory, stored, to))
     return plans
@@ -125,6 +126,12 @@ def _in_memory(client: SmpClient, fit: int) -> Iterator[int]:
             return
         yield fetched.generation.step
         below = fetched.generation.tick
+
+
+def _in_all(stores: tuple[CheckpointStore, ...]) -> tuple[int, ...]:
+    """Steps of the checkpoints that every node has stored, newest first."""
+    steps = [{checkpoint.step for checkpoint in store.checkpoints()} for store in stores]
+    return tuple(sorted(set.intersection(*steps), reverse=True)) if steps else ()
 
 
 def _delete(store: CheckpointStore, to: int) -> list[int]:

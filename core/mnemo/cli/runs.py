@@ -16,7 +16,6 @@ from mnemo.config import load_config
 from mnemo.errors import IdentityError, SmpError
 from mnemo.smp.client import SmpClient
 from mnemo.smp.paths import RunPaths, SmpRecord, default_parent
-from mnemo.smp.persist import store_id
 from mnemo.storage import CheckpointStore, stored_ids
 from mnemo.transport import auth
 
@@ -148,15 +147,21 @@ def _lives(record: SmpRecord) -> bool:
         return False
 
 
-def stores(run_id: str, url: str) -> dict[int, CheckpointStore]:
-    """The store of each fit (training) of a run that has anything at ``url``, by fit.
+def stores(run_id: str, url: str) -> dict[int, tuple[CheckpointStore, ...]]:
+    """The stores of each fit (training) of a run that has anything at ``url``, by fit.
+
+    There is one; of a run on several nodes one of each node.
 
     Raises:
         StorageError: The store cannot be read.
     """
-    fits = re.compile(re.escape(run_id) + r"(?:\.fit-(\d+))?")
-    found = sorted(int(m[1] or 0) for m in map(fits.fullmatch, stored_ids(url)) if m)
-    return {fit: CheckpointStore(url, run_id=store_id(run_id, fit)) for fit in found}
+    name = re.compile(re.escape(run_id) + r"(?:\.fit-(\d+))?(?:\.node-(\d+))?")
+    names = [m for m in map(name.fullmatch, stored_ids(url)) if m]
+    found: dict[int, tuple[CheckpointStore, ...]] = {}
+    for match in sorted(names, key=lambda m: (int(m[1] or 0), int(m[2] or 0))):
+        store = CheckpointStore(url, run_id=match[0])
+        found[int(match[1] or 0)] = (*found.get(int(match[1] or 0), ()), store)
+    return found
 
 
 def find_run(

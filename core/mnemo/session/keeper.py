@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mnemo import faults
-from mnemo.config import Overrun, ResolvedConfig
+from mnemo.config import Overrun, ResolvedConfig, Resume
 from mnemo.errors import MnemoError
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import afterwards, announce, nodes, report
@@ -96,7 +96,7 @@ class Keeper:
             self.paths, join, on_loss=lambda words: self.degraded("smp replaced", words)
         )
         if protection is not None:
-            nodes.recall(self._link, place)
+            nodes.recall(self._link, place, give_up=config.run.resume is Resume.never)
         accord = Accord(place, self.degraded) if len(place.leaders) > 1 else None
         self._pace = Pace(
             config.snapshot, place, self._link.board, accord, persist.every_s if persist else None

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from mnemo.config import ResolvedConfig
 from mnemo.config.kinds import parse_code
 from mnemo.erasure.stripes import Group, make_groups
-from mnemo.errors import ConfigError
+from mnemo.errors import ConfigError, ProtectionError
 from mnemo.session import report
 from mnemo.session.place import Place
 from mnemo.smp import lifecycle
@@ -108,10 +108,19 @@ def _exchange(config: ResolvedConfig, place: Place, paths: RunPaths) -> dict[str
     }
 
 
-def recall(link: Link, place: Place) -> None:
+def recall(link: Link, place: Place, *, give_up: bool) -> None:
     """Have what a lost node had brought back, and say which nodes cannot be reached. Collective.
 
     Returns when all nodes have what can be had.
+
+    Args:
+        link: To this node's snapshot process.
+        place: Where this process stands.
+        give_up: The run begins anew whatever is there.
+
+    Raises:
+        ProtectionError: A node has something, another one cannot reach those that keep what it
+            had: to begin anew would void the state of all.
     """
     place.agree(0)  # all ranks have joined: whoever does not answer now is lost
     mine: m.Recalled | None = None
@@ -122,11 +131,19 @@ def recall(link: Link, place: Place) -> None:
                 mine, _ = link.ask(m.Recall(), m.Recalled)
                 progress.update(bar, completed=mine.done, total=mine.total or None)
                 progress.tasks[0].visible = mine.total > 0
-    told = place.gather(msgspec.msgpack.encode([] if mine is None else mine.unreachable))
+    told = place.gather(msgspec.msgpack.encode(mine or m.Recalled(over=True)))
+    answers = [msgspec.msgpack.decode(answer, type=m.Recalled) for answer in told]
+    failures = [f"rank {rank}'s node: {a.failure}" for rank, a in enumerate(answers) if a.failure]
+    unreachable = [line for answer in answers for line in answer.unreachable]
     if place.rank == 0:
-        for lines in told:
-            for line in msgspec.msgpack.decode(lines, type=list[str]):
-                report.say(line)
+        for line in (*unreachable, *failures):
+            report.say(line)
+    if failures and unreachable and any(answer.kept for answer in answers) and not give_up:
+        link.leave(finished=False)
+        raise ProtectionError(
+            f"{failures[0]}. Start again when its nodes can be reached ({unreachable[0]}); to "
+            "begin anew, which gives up what the other nodes keep, set run.resume=never"
+        )
 
 
 def _progress() -> Progress:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mnemo.clock import Clock
+from mnemo.erasure.stripes import Group
 from mnemo.errors import IntegrityError
 from mnemo.protect import Neighbours
 from mnemo.smp import messages as m
@@ -179,8 +180,11 @@ class Commits:
 
     # --- to other nodes -----------------------------------------------------------------------
 
-    def protect(self, fit: int, settings: m.ProtectSettings, neighbours: Neighbours) -> None:
+    async def protect(self, fit: int, settings: m.ProtectSettings, neighbours: Neighbours) -> None:
         """Share generations with other nodes; nothing happens before `take_part`."""
+        known = self._protection
+        if known is not None and known.group != Group(settings.group, settings.parities):
+            await self.unprotect()  # parities of another group bring nothing back in this one
         if self._protection is None:
             segments = Segments(self._shelf, self._buffers, self._wake)
             self._protection = Protection(fit, settings, neighbours, segments)
@@ -193,8 +197,8 @@ class Commits:
     async def recalled(self) -> m.Recalled:
         """How far what other nodes keep of this one has come back."""
         if self._protection is None:
-            return m.Recalled(True, 0, 0)
-        return await self._protection.recalled()
+            return m.Recalled(over=True)
+        return await self._protection.recalled(kept=lambda: self.newest is not None)
 
     # --- end ----------------------------------------------------------------------------------
 

@@ -135,8 +135,12 @@ class Recalled(Message, frozen=True):
     """How far it is, in bytes."""
 
     over: bool
-    done: int
-    total: int
+    kept: bool = False
+    """Whether there is a committed generation here."""
+    done: int = 0
+    total: int = 0
+    failure: str = ""
+    """Why what other nodes keep of this one cannot come back; empty if it can, or is nothing."""
     unreachable: tuple[str, ...] = ()
     """In words: nodes of the group that this one cannot connect to."""
 

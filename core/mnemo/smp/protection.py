@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from mnemo.erasure.stripes import Group
-from mnemo.errors import HostMemoryError, IntegrityError, MnemoError, ProtectionError
+from mnemo.errors import HostMemoryError, IntegrityError, MnemoError
 from mnemo.protect import Neighbours, Piece, Protector, Shard
 from mnemo.smp import segment
 from mnemo.smp.buffers import Buffers
@@ -136,13 +136,14 @@ class Protection:
             ProtectionError: This node is not in its group.
             CodeError: There is no such group.
         """
+        self.group = Group(settings.group, settings.parities)
         self._segments = segments
         self._neighbours = neighbours
-        self._protector = Protector(
-            fit, Group(settings.group, settings.parities), neighbours, segments
-        )
+        self._protector = Protector(fit, self.group, neighbours, segments)
         self._tasks: set[asyncio.Task[None]] = set()
         self._start: asyncio.Task[None] | None = None
+        self._failure = ""
+        """Why nothing came back; empty if it did, or there was nothing."""
         self._unreachable: tuple[str, ...] = ()
 
     def start(self, *, empty: bool) -> None:
@@ -164,22 +165,23 @@ class Protection:
     async def _rebuild(self) -> None:
         try:
             found = await self._protector.rebuild()
-        except ProtectionError as error:
-            log.warning("nothing comes back from the other nodes: %s", error)
         except MnemoError as error:
+            self._failure = str(error)
             log.error("what other nodes keep of this one cannot come back: %s", error)
         else:
             if found is not None:
                 log.info("step %d came back from the other nodes", found.step)
         self._segments.forget_made()
 
-    async def recalled(self) -> Recalled:
-        """Where `start` is, after a moment in which it may end."""
+    async def recalled(self, *, kept: Callable[[], bool]) -> Recalled:
+        """Where `start` is, after a moment in which it may end; ``kept`` is asked then."""
         if self._start is not None:
             await asyncio.wait({self._start}, timeout=_MOMENT_S)
         progress = self._protector.progress
         over = self._start is None or self._start.done()
-        return Recalled(over, progress.done, progress.total, self._unreachable)
+        return Recalled(
+            over, kept(), progress.done, progress.total, self._failure, self._unreachable
+        )
 
     def changed(self) -> None:
         """What is committed has changed."""

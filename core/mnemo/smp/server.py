@@ -291,7 +291,9 @@ class Server:
         client.joined = True
         self._keep_alive_s = request.keep_alive_s
         if request.protect is not None:
-            self._protect(fit, request.protect, handed_over=bool(fds))
+            await self._protect(fit, request.protect, handed_over=bool(fds))
+        else:
+            await fit.commits.unprotect()
         return m.Joined(fit.commits.newest), [fit.board.fd]
 
     def _listen(self, request: m.Listen) -> m.Listening:
@@ -307,7 +309,7 @@ class Server:
             )
         return m.Listening(*self._neighbours.address)
 
-    def _protect(self, fit: Fit, settings: m.ProtectSettings, *, handed_over: bool) -> None:
+    async def _protect(self, fit: Fit, settings: m.ProtectSettings, *, handed_over: bool) -> None:
         """Have ``fit`` protected; if ranks hand over what they hold, nothing of it is lost."""
         if self._neighbours is None:  # this process replaces one that listened
             host, port = settings.addresses[settings.node]
@@ -320,7 +322,7 @@ class Server:
         self._neighbours.rate.change(settings.bytes_per_s or default_rate())
         for node, (host, port) in settings.addresses.items():
             self._neighbours.moved(node, Address(host, port))
-        fit.commits.protect(fit.number, settings, self._neighbours)
+        await fit.commits.protect(fit.number, settings, self._neighbours)
         if handed_over:
             fit.commits.take_part(handed_over=True)
 
