@@ -23,9 +23,11 @@ from mnemo.session import prefetch
 from mnemo.session.identity import RunIdentity
 from mnemo.session.keeper import End, Keeper
 from mnemo.session.place import Place
+from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
 from mnemo.smp.memory import MemoryLimit
+from mnemo.smp.paths import RunPaths
 from mnemo.smp.segment import PAGE
 from mnemo.snapshot import restore
 
@@ -311,6 +313,42 @@ def test_a_process_forked_meanwhile_reads_for_itself(
         forked.set()
         assert found() == (2, 0)
         assert readers == [AHEAD]
+
+
+def test_a_process_forked_meanwhile_does_not_keep_it(
+    monkeypatch: pytest.MonkeyPatch, readers: list[str]
+) -> None:
+    """A loader's worker holds a copy of the connection for as long as it lives."""
+    reading, forked = threading.Event(), threading.Event()
+    original = prefetch.read_tensors
+
+    def read_tensors(*args: Any) -> Any:
+        reading.set()
+        assert forked.wait(30.0)
+        return original(*args)
+
+    monkeypatch.setattr(prefetch, "read_tensors", read_tensors)
+    with left_by(2):
+        prefetch.begin(load_config(run={"id": "lab"}, snapshot={"every": 1}))
+        assert reading.wait(30.0)
+        here, there = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(there)
+            os.read(here, 1)
+            os._exit(0)
+        forked.set()
+        settle()
+        assert readers == [AHEAD]
+        client = lifecycle.find(RunPaths.of("lab", os.environ["MNEMO_RUN__DIR"]))
+        assert client is not None
+        with client:
+            deadline = time.monotonic() + 20.0
+            while client.status()["clients"] > 1:  # this one is one
+                assert time.monotonic() < deadline
+        os.close(here)
+        os.close(there)
+        os.waitpid(child, 0)
 
 
 def test_a_callback_that_does_not_train_lets_go(readers: list[str]) -> None:

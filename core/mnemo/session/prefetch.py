@@ -53,16 +53,18 @@ class _Reading:
         client = lifecycle.find(paths)
         if client is None:
             return
-        with client:  # what is fetched stays unchanged until it hangs up
+        fds: list[int] = []
+        try:
             _, fds = client.ask(m.Fetch(fit=0), m.Fetched)
-            try:
-                sources = {s.meta.rank: s for s in map(Source.of_fd, fds)}
-                size = sum(source.meta.total for source in sources.values())
-                if self._rank in sources and _ROOM * size <= memory_limit().available:
-                    self._tensors = read_tensors(sources, self._rank)
-                    self._headers = _headers(sources)
-            finally:
-                close_all(fds)
+            sources = {s.meta.rank: s for s in map(Source.of_fd, fds)}
+            size = sum(source.meta.total for source in sources.values())
+            if self._rank in sources and _ROOM * size <= memory_limit().available:
+                self._tensors = read_tensors(sources, self._rank)
+                self._headers = _headers(sources)
+        finally:
+            # Until then what was fetched is kept: a child that was forked must not keep it longer.
+            client.hang_up()
+            close_all(fds)
 
     def result(self, sources: Mapping[int, Source], rank: int) -> list[Bytes] | None:
         """What was read, once it is, if it is of ``rank`` and of these very segments."""

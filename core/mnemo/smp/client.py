@@ -141,8 +141,12 @@ class SmpClient:
             os.close(fd)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection, which stays open in processes that were forked with it."""
         self._channel.close()
+
+    def hang_up(self) -> None:
+        """End the connection everywhere."""
+        self._channel.hang_up()
 
     def __enter__(self) -> Self:
         return self

@@ -174,6 +174,12 @@ class BlockingChannel:
         hang_up.register(self._sock, 0)
         return not hang_up.poll(0)
 
+    def hang_up(self) -> None:
+        """End the connection, for processes that were forked with it as well, and close it."""
+        with contextlib.suppress(OSError):  # the other end was faster
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
     def close(self) -> None:
         """Close the connection; harmless a second time."""
         self._sock.close()
