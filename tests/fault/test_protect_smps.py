@@ -123,6 +123,10 @@ def all_join(smps: list[Smp]) -> None:
         smp.join()
     for smp in smps:
         assert smp.recall().unreachable == ()
+    for smp in smps:
+        for rank in smp.ranks:
+            newest = rank.newest()
+            rank.client.tell(m.Resume(-1 if newest is None else newest[0]))
 
 
 def all_protect(smps: list[Smp], step: int) -> None:

@@ -22,6 +22,7 @@ from mnemo.errors import MnemoError
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import afterwards, announce, nodes, report
 from mnemo.session.accord import Accord
+from mnemo.session.agreement import require_same_settings
 from mnemo.session.finder import Finder, Restored, persist_settings
 from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
 from mnemo.session.losses import Losses
@@ -81,6 +82,9 @@ class Keeper:
         self.fit = fit
         self.paths = RunPaths.of(identity.run_id, config.run.dir)
         self.journal = Journal(journal_path(config.run.journal, identity.run_id))
+        require_same_settings(config, place)
+        self._protects = False
+        """Whether this node and its group can reach each other."""
         self._protection = protection = nodes.protection_of(config, place, self.paths)
         node = "" if protection is None else protection.settings.node
         self._persist = persist = persist_settings(config, node)
@@ -96,7 +100,8 @@ class Keeper:
             self.paths, join, on_loss=lambda words: self.degraded("smp replaced", words)
         )
         if protection is not None:
-            nodes.recall(self._link, place, give_up=config.run.resume is Resume.never)
+            give_up = config.run.resume is Resume.never
+            self._protects = nodes.recall(self._link, place, give_up=give_up)
         accord = Accord(place, self.degraded) if len(place.leaders) > 1 else None
         self._pace = Pace(
             config.snapshot, place, self._link.board, accord, persist.every_s if persist else None
@@ -224,7 +229,7 @@ class Keeper:
         if self.place.rank == 0:
             survived = [what for what, survives in survival_domain().items() if survives]
             beyond = "the node"
-            if self._protection is not None:
+            if self._protection is not None and self._protects:
                 survived.append(f"the loss of {self._protection}")
                 beyond = f"{self._protection.group.parities + 1} of them"
             total = 2 * size // self._share.replicas * self.place.members

@@ -108,10 +108,10 @@ def _exchange(config: ResolvedConfig, place: Place, paths: RunPaths) -> dict[str
     }
 
 
-def recall(link: Link, place: Place, *, give_up: bool) -> None:
+def recall(link: Link, place: Place, *, give_up: bool) -> bool:
     """Have what a lost node had brought back, and say which nodes cannot be reached. Collective.
 
-    Returns when all nodes have what can be had.
+    Returns when all nodes have what can be had: whether all could be reached.
 
     Args:
         link: To this node's snapshot process.
@@ -119,8 +119,8 @@ def recall(link: Link, place: Place, *, give_up: bool) -> None:
         give_up: The run begins anew whatever is there.
 
     Raises:
-        ProtectionError: A node has something, another one cannot reach those that keep what it
-            had: to begin anew would void the state of all.
+        ProtectionError: A node has something, and what another one had cannot come back now, but
+            perhaps later: to begin anew would void the state of all.
     """
     place.agree(0)  # all ranks have joined: whoever does not answer now is lost
     mine: m.Recalled | None = None
@@ -133,17 +133,24 @@ def recall(link: Link, place: Place, *, give_up: bool) -> None:
                 progress.tasks[0].visible = mine.total > 0
     told = place.gather(msgspec.msgpack.encode(mine or m.Recalled(over=True)))
     answers = [msgspec.msgpack.decode(answer, type=m.Recalled) for answer in told]
-    failures = [f"rank {rank}'s node: {a.failure}" for rank, a in enumerate(answers) if a.failure]
+    anything = any(answer.kept for answer in answers)
+    failures = {rank: answer for rank, answer in enumerate(answers) if answer.failure}
     unreachable = [line for answer in answers for line in answer.unreachable]
     if place.rank == 0:
-        for line in (*unreachable, *failures):
+        for line in unreachable:
             report.say(line)
-    if failures and unreachable and any(answer.kept for answer in answers) and not give_up:
-        link.leave(finished=False)
-        raise ProtectionError(
-            f"{failures[0]}. Start again when its nodes can be reached ({unreachable[0]}); to "
-            "begin anew, which gives up what the other nodes keep, set run.resume=never"
-        )
+        for rank, answer in failures.items():
+            if anything or answer.lost:
+                report.say(f"what the node of rank {rank} had does not come back: {answer.failure}")
+    for rank, answer in failures.items():
+        if anything and not answer.lost and not give_up:
+            link.leave(finished=False)
+            raise ProtectionError(
+                f"what the node of rank {rank} had cannot come back: {answer.failure}. Other nodes "
+                "keep their state: start again with the settings that it was begun with, when all "
+                "nodes can reach each other; or set run.resume=never to give it up"
+            )
+    return not unreachable
 
 
 def _progress() -> Progress:

@@ -49,6 +49,8 @@ class Commits:
         self.differ = ""
         """How replicas were found to differ; empty if they never were."""
         self._protection: Protection | None = None
+        self._regroup: Callable[[], Protection] | None = None
+        """Makes the protection in the group that the next life has been given."""
         self._shelf = shelf
         self._buffers = buffers
         self._counts = counts
@@ -101,7 +103,12 @@ class Commits:
         self._checked = min(self._checked, tick)
         if self.persister is not None:
             self.persister.forget_after(tick)
-        if self._protection is not None:
+        if self._regroup is not None:
+            make, self._regroup = self._regroup, None
+            task = asyncio.get_running_loop().create_task(self._change_group(make, tick))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif self._protection is not None:
             self._protection.forget_after(tick)
 
     def void(self, rank: int, index: int) -> None:
@@ -181,32 +188,47 @@ class Commits:
     # --- to other nodes -----------------------------------------------------------------------
 
     async def protect(self, fit: int, settings: m.ProtectSettings, neighbours: Neighbours) -> None:
-        """Share generations with other nodes; nothing happens before `take_part`."""
-        known = self._protection
-        if known is not None and known.group != Group(settings.group, settings.parities):
-            await self.unprotect()  # parities of another group bring nothing back in this one
-        if self._protection is None:
+        """Share generations with other nodes, from the next `rewound` on.
+
+        Until then what is protected stays, also in another group: it may be all that there is.
+        """
+        group = Group(settings.group, settings.parities)
+
+        def make() -> Protection:
             segments = Segments(self._shelf, self._buffers, self._wake)
-            self._protection = Protection(fit, settings, neighbours, segments)
+            return Protection(fit, settings, neighbours, segments)
 
-    def take_part(self, *, handed_over: bool) -> None:
-        """Begin, with what ranks hand over, or with what other nodes keep of this one."""
+        known = self._protection
+        self._regroup = make if known is not None and known.group != group else None
+        if self._regroup is not None and self.newest is None:
+            self._regroup = None
+            await self.unprotect()
+        if self._protection is None:
+            self._protection = make()
+
+    async def _change_group(self, make: Callable[[], Protection], tick: int) -> None:
+        await self.unprotect()
+        self._protection = make()
+        self._protection.forget_after(tick)
+
+    def take_part(self) -> None:
+        """Share generations at once: ranks that an earlier SMP served are in the middle of it."""
         if self._protection is not None:
-            self._protection.start(empty=not handed_over and self.newest is None)
+            self._protection.take_part()
 
-    async def recalled(self) -> m.Recalled:
-        """How far what other nodes keep of this one has come back."""
+    async def recall(self) -> m.Recalled:
+        """Have what other nodes keep of this one brought back; how far that is."""
         if self._protection is None:
             return m.Recalled(over=True)
-        return await self._protection.recalled(kept=lambda: self.newest is not None)
+        return await self._protection.recall(lambda: self.newest is not None)
 
     # --- end ----------------------------------------------------------------------------------
 
     async def unprotect(self) -> None:
         """Take no part in the group any more."""
-        if self._protection is not None:
-            await self._protection.close()
-            self._protection = None
+        protection, self._protection = self._protection, None
+        if protection is not None:
+            await protection.close()
 
     async def close(self) -> None:
         """Give up what is being persisted."""

@@ -163,8 +163,7 @@ class Fit:
     async def recall(self, seat: Seat, request: m.Recall) -> Answer:
         """See `m.Recall`."""
         del seat, request
-        self.commits.take_part(handed_over=False)
-        return await self.commits.recalled(), []
+        return await self.commits.recall(), []
 
     # --- generations --------------------------------------------------------------------------
 

@@ -141,6 +141,8 @@ class Recalled(Message, frozen=True):
     total: int = 0
     failure: str = ""
     """Why what other nodes keep of this one cannot come back; empty if it can, or is nothing."""
+    lost: bool = False
+    """It never can: more nodes were lost than there are parities."""
     unreachable: tuple[str, ...] = ()
     """In words: nodes of the group that this one cannot connect to."""
 

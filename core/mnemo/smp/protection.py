@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from mnemo.erasure.stripes import Group
-from mnemo.errors import HostMemoryError, IntegrityError, MnemoError
+from mnemo.errors import HostMemoryError, IntegrityError, MnemoError, ShardsLostError
 from mnemo.protect import Neighbours, Piece, Protector, Shard
 from mnemo.smp import segment
 from mnemo.smp.buffers import Buffers
@@ -124,7 +124,7 @@ class Protection:
     def __init__(
         self, fit: int, settings: ProtectSettings, neighbours: Neighbours, segments: Segments
     ) -> None:
-        """Answer the others of the group; `start` takes part in it.
+        """Answer the others of the group; `take_part` and `recall` do more.
 
         Args:
             fit: Its number.
@@ -141,54 +141,61 @@ class Protection:
         self._neighbours = neighbours
         self._protector = Protector(fit, self.group, neighbours, segments)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._start: asyncio.Task[None] | None = None
-        self._failure = ""
-        """Why nothing came back; empty if it did, or there was nothing."""
+        self._takes_part = False
+        self._recall: asyncio.Task[None] | None = None
+        self._failure: MnemoError | None = None
+        """Why nothing came back; None if it did, or there was nothing."""
         self._unreachable: tuple[str, ...] = ()
 
-    def start(self, *, empty: bool) -> None:
-        """Begin to protect what is committed; harmless a second time.
+    def take_part(self) -> None:
+        """Begin to protect what is committed; harmless a second time."""
+        if not self._takes_part:
+            self._takes_part = True
+            self._protector.start()
+
+    async def recall(self, kept: Callable[[], bool]) -> Recalled:
+        """Have what the others keep of this node brought back; where that is after a moment.
 
         Args:
-            empty: Nothing is held here, nor will be handed over: this node is new, or replaces
-                another. What the others keep of it comes back first.
+            kept: Whether there is anything here; then nothing is missing.
         """
-        if self._start is None:
-            self._start = asyncio.get_running_loop().create_task(self._run(empty))
-
-    async def _run(self, empty: bool) -> None:
-        if empty:
-            self._unreachable = tuple(map(str, await self._neighbours.find_unreachable()))
-            await self._rebuild()
-        self._protector.start()
+        if self._recall is None and not self._takes_part and not kept():
+            self._recall = asyncio.get_running_loop().create_task(self._rebuild())
+        if self._recall is not None:
+            await asyncio.wait({self._recall}, timeout=_MOMENT_S)
+        progress = self._protector.progress
+        if self._recall is not None and not self._recall.done():
+            return Recalled(over=False, done=progress.done, total=progress.total)
+        # Who asks again tries again: what could not be reached may be there by then.
+        self._recall = None
+        failure, self._failure = self._failure, None
+        return Recalled(
+            over=True,
+            kept=kept(),
+            failure=str(failure or ""),
+            lost=isinstance(failure, ShardsLostError) and not self._unreachable,
+            unreachable=self._unreachable,
+        )
 
     async def _rebuild(self) -> None:
+        self._unreachable = tuple(map(str, await self._neighbours.find_unreachable()))
         try:
             found = await self._protector.rebuild()
         except MnemoError as error:
-            self._failure = str(error)
+            self._failure = error
             log.error("what other nodes keep of this one cannot come back: %s", error)
         else:
             if found is not None:
                 log.info("step %d came back from the other nodes", found.step)
         self._segments.forget_made()
 
-    async def recalled(self, *, kept: Callable[[], bool]) -> Recalled:
-        """Where `start` is, after a moment in which it may end; ``kept`` is asked then."""
-        if self._start is not None:
-            await asyncio.wait({self._start}, timeout=_MOMENT_S)
-        progress = self._protector.progress
-        over = self._start is None or self._start.done()
-        return Recalled(
-            over, kept(), progress.done, progress.total, self._failure, self._unreachable
-        )
-
     def changed(self) -> None:
         """What is committed has changed."""
         self._protector.changed()
 
     def forget_after(self, tick: int) -> None:
-        """Training goes on from ``tick``."""
+        """Training goes on from ``tick``: what can come back has, or is given up."""
+        self.take_part()
         task = asyncio.get_running_loop().create_task(self._protector.forget_after(tick))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -199,9 +206,9 @@ class Protection:
 
     async def close(self) -> None:
         """End it, and give back its memory and what it holds of the fit's."""
-        if self._start is not None:
-            self._start.cancel()
-            self._tasks.add(self._start)
+        if self._recall is not None:
+            self._recall.cancel()
+            self._tasks.add(self._recall)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._protector.close()
         self._segments.forget_made()

@@ -324,7 +324,7 @@ class Server:
             self._neighbours.moved(node, Address(host, port))
         await fit.commits.protect(fit.number, settings, self._neighbours)
         if handed_over:
-            fit.commits.take_part(handed_over=True)
+            fit.commits.take_part()
 
     async def _over(self, client: Connection) -> None:
         """See `m.Over`."""

@@ -1,0 +1,44 @@
+"""All ranks have to be given the same settings, or they would wait for each other for ever."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Final
+
+import msgspec
+
+from mnemo.config import ResolvedConfig, settings
+from mnemo.errors import ConfigError
+from mnemo.session.place import Place
+
+_OWN: Final = {
+    "run.dir",
+    "run.journal",
+    "protect.domain",
+    "protect.rate",
+    "network.interface",
+    "network.ports",
+}
+"""Settings that each node may have of its own."""
+
+
+def require_same_settings(config: ResolvedConfig, place: Place) -> None:
+    """Compare all ranks' settings. Collective.
+
+    Raises:
+        ConfigError: On all ranks: two have been given something else.
+    """
+    mine = {
+        key: "" if (value := attrgetter(key)(config.config)) is None else setting.kind.format(value)
+        for key, setting in settings().items()
+        if key not in _OWN
+    }
+    decode = msgspec.msgpack.Decoder(dict[str, str]).decode
+    told = [decode(words) for words in place.gather(msgspec.msgpack.encode(mine))]
+    for key, value in told[0].items():
+        for rank, other in enumerate(told):
+            if other.get(key) != value:
+                raise ConfigError(
+                    f"{key} is {value or 'not set'} on rank 0 and {other.get(key) or 'not set'} on "
+                    f"rank {rank}: give all ranks the same"
+                )
