@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, OnExceptionCheckpoint
 
 from lightning_mnemo import loops
 from lightning_mnemo.checks import optimizers_differ
@@ -23,6 +24,9 @@ from mnemo.session.keeper import Keeper
 from mnemo.session.report import say
 from mnemo.snapshot.listing import keep_types
 from mnemo.snapshot.rng import restore_rng
+
+_TUNERS = (".lr_find_", ".scale_batch_size_")
+"""How the files begin in which Lightning's searches keep where they began."""
 
 
 class Resume:
@@ -64,6 +68,19 @@ class Resume:
         hooks.around(trainer.strategy, "load_optimizer_state_dict", self._around_load_optimizers)
         hooks.around(trainer.fit_loop, "setup_data", self._around_setup_data)
         hooks.around(trainer._checkpoint_connector, "resume_start", self._around_resume_start)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, LearningRateFinder):
+                hooks.around(callback, "on_fit_start", self._around_search)
+
+    def _around_search(
+        self, trainer: pl.Trainer, original: Callable[..., None], *args: Any, **named: Any
+    ) -> None:
+        """A search trains, and then restores a checkpoint of its own: that is no start of a fit."""
+        if self.restored is None:
+            original(*args, **named)
+        elif trainer.is_global_zero:
+            say("the learning rate is not searched again: the run goes on with the one it had")
 
     def _around_process_dataloader(
         self, trainer: pl.Trainer, original: Callable[[Any], Any], loader: Any
@@ -128,6 +145,8 @@ class Resume:
         One that the user named does, unless it was for the start that an agent now repeats. One
         that Lightning found by itself does if it is newer.
         """
+        if Path(path).name.startswith(_TUNERS):
+            return  # that goes back to where it began: the snapshot, if there is one
         step = self._trainer._checkpoint_connector._loaded_checkpoint["global_step"]
         restored = self.restored
         if restored is not None:

@@ -18,6 +18,7 @@ OPTIMIZATION: dict[str, tuple[str, ...]] = {
     "gan": ("backward:5", "mid_copy:8", "validation:16", "update:19"),
     "manual_pending": ("backward:5", "between:7"),
     "lora": ("forward:3", "mid_copy:9"),
+    "lr_search": ("forward:11", "mid_copy:15"),
     "unsaved": ("forward:3", "validation:8", "mid_copy:13"),
     "metrics": ("forward:3", "between:7", "validation:12", "mid_copy:17"),
     "max_steps": ("validation:8", "between:10", "forward:10"),

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +19,6 @@ from mnemo.types import EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from warm import Zygote
 
@@ -159,8 +159,9 @@ def test_nothing_is_given_up_while_other_nodes_cannot_be_reached(
     made.own[1] = {"MNEMO_SECRET_FILE": other_secret}
     assert made.codes() == [1, 1]
     assert re.search(
-        r"ProtectionError: what the node of rank 1 had cannot come back: .* start again with the "
-        r"settings that it was begun with, when all nodes can reach each other",
+        r"ProtectionError: what the node of rank 1 had cannot come back now: node node-1 cannot "
+        r"reach node-0 at \S+: not authenticated.* start again with the settings that it was "
+        r"begun with, when all nodes can reach each other",
         made.said[1],
     )
     made.lose([], [1])
@@ -193,6 +194,45 @@ def test_another_code_when_a_node_is_lost_gives_nothing_up(cluster: Callable[...
     assert made.codes() == [1, 1, 1]
     assert "start again with the settings that it was begun with" in made.said[1]
     made.settings["MNEMO_PROTECT__NODES"] = "2+1"
+    assert "resumed from memory at step" in lines(made.run())
+
+
+def test_another_number_of_nodes_is_refused(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(3, steps=400, MNEMO_PROTECT__NODES="2+1", MNEMO_SNAPSHOT__EVERY="1")
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 0)
+        for rank in ranks:
+            rank.kill()
+    made.nodes = 2
+    assert made.codes() == [1, 1]
+    assert (
+        "IdentityError: the snapshot of run cluster is of 3 ranks, this launch has 2"
+        in (made.said[1])
+    )
+    made.nodes, made.settings["MNEMO_PROTECT__NODES"] = 4, "1+1"
+    assert made.codes() == [1, 1, 1, 1]
+    assert "is of 3 ranks, this launch has 4" in made.said[2]
+    made.nodes, made.settings["MNEMO_PROTECT__NODES"] = 3, "2+1"
+    made.lose([], [3])
+    assert "resumed from memory at step" in lines(made.run())
+
+
+def test_a_node_that_was_away_voids_nothing(cluster: Callable[..., Cluster]) -> None:
+    """A spare took its place, and the others went on with that."""
+    made = cluster(3, steps=600, MNEMO_PROTECT__NODES="2+1", MNEMO_SNAPSHOT__EVERY="1")
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 0)
+        for rank in ranks:
+            rank.kill()
+    before = made.steps_done()
+    away = Path(made.home(2)).rename(made.directory / "away")
+    with made.life() as ranks:
+        until("a newer protected step", lambda: made.protected_step() > before)
+        made.lose(ranks, [2])
+    away.rename(made.home(2))
+    assert made.codes() == [1, 1, 1]
+    assert "keep snapshots in memory, but none that all of them have" in made.said[2]
+    made.lose([], [2])
     assert "resumed from memory at step" in lines(made.run())
 
 

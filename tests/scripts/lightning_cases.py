@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import (
     EarlyStopping,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     OnExceptionCheckpoint,
@@ -139,6 +140,19 @@ def plain(out):
 def steady_buckets(out):
     """DDP never fills its buckets in another order than at first."""
     return Case(Net(), loader(), val(), {"strategy": "ddp_find_unused_parameters_true"})
+
+
+def lr_search(out):
+    """Before the first batch a learning rate is searched, by training and going back."""
+
+    class Searched(Net):
+        lr = 1e-3
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    search = LearningRateFinder(max_lr=1e-2, num_training_steps=9)
+    return Case(Searched(), loader(), val(), {"default_root_dir": out}, [search])
 
 
 def accumulation(out):

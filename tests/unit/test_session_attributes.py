@@ -55,6 +55,20 @@ def counts(thing: Thing) -> None:
     thing.count += 1
 
 
+def test_a_buffer_that_was_filled_later_comes_back() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", None, persistent=False)
+
+    before, after = Late(), Late()
+    unsaved = Unsaved(before)
+    before.cache = torch.arange(3.0)
+    Unsaved(after).restore(unsaved.state(modules(before)))
+    assert isinstance(after.cache, torch.Tensor)
+    assert after.cache.tolist() == [0, 1, 2]
+
+
 def test_nothing_is_lost_where_nothing_changed() -> None:
     """Not even what each life sets otherwise, such as the time of its start."""
     assert lost(Thing(), Thing(), lambda thing: None, 5) == ""

@@ -126,7 +126,7 @@ class Keeping:
         for older in [other for other in self._kept if other < epoch]:
             self.drop(older)
         self.standing = Standing.of(self._kept[epoch].plan)
-        log.info("step %d is protected", self.standing.step)
+        log.debug("step %d is protected", self.standing.step)
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -225,13 +225,15 @@ class Leader:
             if len(found) == len(answers):
                 return found
             timeout = None if deadline is None else deadline - asyncio.get_running_loop().time()
+            # Not wait_for: before Python 3.12 that may swallow a cancellation.
+            change = asyncio.ensure_future(self._changed.wait())
             try:
-                await asyncio.wait_for(self._changed.wait(), timeout)
-            except asyncio.TimeoutError:
+                changed, _ = await asyncio.wait({change}, timeout=timeout)
+            finally:
+                change.cancel()
+            if not changed:
                 silent = [n for n in self._group.nodes if present[n].answer is None]
-                raise ProtectionError(
-                    f"no answer within {patience_s} s from {', '.join(silent)}"
-                ) from None
+                raise ProtectionError(f"no answer within {patience_s} s from {', '.join(silent)}")
 
     def _tell_all(self, message: FromLeader) -> None:
         for member in self._members.values():

@@ -82,6 +82,8 @@ class Protector:
         self._member = Member(fit, group, neighbours, self._keeping, self._codec)
         self._leader: Leader | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._serving: set[asyncio.Task[Any]] = set()
+        """Who answers the connections of others."""
         neighbours.attend(fit, self._serve)
 
     def start(self) -> None:
@@ -127,9 +129,9 @@ class Protector:
         }
 
     async def close(self) -> None:
-        """Take part no more, and give the parities' memory back."""
+        """Take part no more, hang up on the others, and give the parities' memory back."""
         self._neighbours.attend(self._fit, None)
-        await cancel(*self._tasks)
+        await cancel(*self._tasks, *self._serving)
         await self._member.abandon()
         self._keeping.close()
 
@@ -137,6 +139,10 @@ class Protector:
 
     async def _serve(self, peer: Peer[Message], opening: Opening) -> None:
         """Answer one connection."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         try:
             if peer.node not in self._group.nodes:
                 raise ProtectionError(f"{peer.node} is not in the group")

@@ -12,6 +12,8 @@ from mnemo.errors import MnemoError
 from mnemo.recovery.journal import Journal, read
 from mnemo.session import report
 from mnemo.session.identity import RunIdentity
+from mnemo.session.nodes import Protection
+from mnemo.smp.memory import memory_limit, survival_domain
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,21 @@ class Start:
     fit: int
     world_size: int
 
-    def fresh(self, journal: Journal, *, damaged: int = 0) -> None:
-        """Nothing is resumed, and why; ``damaged`` snapshots were there but could not be used."""
+    def fresh(self, journal: Journal, *, damaged: int = 0, lost: bool = False) -> None:
+        """Nothing is resumed, and why.
+
+        Args:
+            journal: Asked for the failure that led here; gets the record.
+            damaged: Snapshots that were there but could not be used.
+            lost: More nodes were lost than their parities make up for.
+        """
         why = "a new id at each launch" if not self.identity.stable else "no earlier snapshot"
         if cause := _cause(journal):
             why = f"{cause}, and no snapshot is left"
         if damaged:
             why = f"{report.count(damaged, 'snapshot')} found, none of which can be used"
+        if lost:
+            why = "more nodes were lost than the parities make up for"
         if self.config.run.resume is Resume.never:
             why = "run.resume is never"
         report.say(f"run {self.identity.run_id} · fresh ({why}) · {self._what_it_is()}")
@@ -102,6 +112,26 @@ class Start:
         if every is not None:
             return f"a snapshot every {'step' if every == 1 else f'{every} steps'}"
         return f"snapshots within {self.config.snapshot.overhead * 100:.3g}% of step time"
+
+
+def room(size: int, protection: Protection | None, beyond: str) -> None:
+    """What snapshots take of the node's memory, and what they survive.
+
+    Args:
+        size: Bytes on this node.
+        protection: Over several nodes, where it works.
+        beyond: Of what survives the loss of more, to complete the line.
+    """
+    survived = [what for what, survives in survival_domain().items() if survives]
+    more = "the node"
+    if protection is not None:
+        survived.append(f"the loss of {protection}")
+        more = f"{protection.group.parities + 1} of them"
+    limit = memory_limit()
+    report.say(
+        f"{report.size(size)} of {report.size(limit.total)} {limit.bound} memory for snapshots · "
+        f"survives {', '.join(survived)} · not the loss of {more}{beyond}"
+    )
 
 
 def _lost(steps: int | None) -> str:

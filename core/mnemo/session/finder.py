@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mnemo.config import ResolvedConfig, Resume
-from mnemo.errors import NothingToResumeError
-from mnemo.session.identity import RunIdentity
+from mnemo.errors import IdentityError, NothingToResumeError
+from mnemo.session.identity import RunIdentity, require_same_world
 from mnemo.session.place import Place
 from mnemo.session.sources import NOTHING, Candidate, MemorySource, StorageSource, newest_common
 from mnemo.smp import messages as m
@@ -66,6 +66,7 @@ class Finder:
         self._resume = config.run.resume
         self._identity = identity
         self._agree = place.agree
+        self._nodes, self._world_size = len(place.leaders), place.world_size
         self._memory = MemorySource(link, place.rank, secret)
         self._storage: StorageSource | None = None
         self._url = persist.url if persist is not None else ""
@@ -77,9 +78,20 @@ class Finder:
     def find(self) -> Restored | None:
         """See `Keeper.find`."""
         found = newest_common(self._memory, self._agree)
+        kept = self._agree(self._memory.world_size)[1]
+        if self._resume is not Resume.never:
+            require_same_world(kept or self._world_size, self._world_size, self._identity.run_id)
         if self._storage is not None:
             newer_than = found.tick if found else NOTHING
             found = newest_common(self._storage, self._agree, newer_than) or found
+        wanted = self._resume is not Resume.never and self._nodes > 1
+        if found is None and wanted and self._agree(int(self._memory.held))[0]:
+            raise IdentityError(
+                f"the nodes of run {self._identity.run_id} keep snapshots in memory, but none that "
+                "all of them have: one was away while the others went on, or has damaged ones. "
+                "`mnemo clean` on that node makes room for what the others keep of it; "
+                "run.resume=never gives all of it up"
+            )
         if self._resume is Resume.never and found is not None and not self._is_of_launch(found):
             found = None
         if found is None and self._resume is Resume.required:
@@ -91,6 +103,8 @@ class Finder:
             )
         if found is None:
             return None
+        world = int(found.identity.get("world", self._world_size))
+        require_same_world(world, self._world_size, self._identity.run_id)
         return Restored(
             found.state["state"],
             found.state["rng"],

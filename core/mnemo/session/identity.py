@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from mnemo.config import ResolvedConfig
-from mnemo.errors import ModelChangedError
+from mnemo.errors import IdentityError, ModelChangedError
 from mnemo.smp.segment import TensorEntry
 from mnemo.snapshot.layout import dtype_name
 from mnemo.snapshot.tree import is_plain
@@ -119,6 +119,20 @@ def data_fingerprint(loaders: Iterable[Any]) -> str:
 def describe_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Names of the fingerprints (other than the model's) that are not what they were."""
     return sorted(k for k in now if k in then and then[k] != now[k])
+
+
+def require_same_world(then: int, world_size: int, run_id: str) -> None:
+    """Compare a snapshot's number of ranks with this launch's.
+
+    Raises:
+        IdentityError: They differ.
+    """
+    if then != world_size:
+        raise IdentityError(
+            f"the snapshot of run {run_id} is of {then} ranks, this launch has "
+            f"{world_size}: start as many, give it another run.id, or set run.resume=never to "
+            "give the old state up"
+        )
 
 
 def require_same_model(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,6 @@ from mnemo.session.sources import NOTHING
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
 from mnemo.smp.link import Link
-from mnemo.smp.memory import memory_limit, survival_domain
 from mnemo.smp.paths import RunPaths
 from mnemo.snapshot.engine import SnapshotEngine
 from mnemo.snapshot.layout import Share
@@ -83,8 +83,7 @@ class Keeper:
         self.paths = RunPaths.of(identity.run_id, config.run.dir)
         self.journal = Journal(journal_path(config.run.journal, identity.run_id))
         require_same_settings(config, place)
-        self._protects = False
-        """Whether this node and its group can reach each other."""
+        self._recall = nodes.Recall(reachable=False, lost=False)
         self._protection = protection = nodes.protection_of(config, place, self.paths)
         node = "" if protection is None else protection.settings.node
         self._persist = persist = persist_settings(config, node)
@@ -101,7 +100,7 @@ class Keeper:
         )
         if protection is not None:
             give_up = config.run.resume is Resume.never
-            self._protects = nodes.recall(self._link, place, give_up=give_up)
+            self._recall = nodes.recall(self._link, place, give_up=give_up)
         accord = Accord(place, self.degraded) if len(place.leaders) > 1 else None
         self._pace = Pace(
             config.snapshot, place, self._link.board, accord, persist.every_s if persist else None
@@ -110,6 +109,7 @@ class Keeper:
         faults.identify(rank=place.rank, smp_pid=self._link.smp_pid)
         self._secret = auth.load_or_create_secret(self.paths.secret)
         self._launch = launch_of()
+        self._life = place.gather(secrets.token_bytes(7))[0].hex()
         self._finder = Finder(
             config, identity, place, self._link, self._secret, persist, fit, self._launch
         )
@@ -137,6 +137,8 @@ class Keeper:
 
         Raises:
             NothingToResumeError: Resuming is required and there is nothing.
+            IdentityError: What is in memory is of another number of ranks, or of nodes that have
+                none in common.
         """
         return self._finder.find()
 
@@ -179,7 +181,10 @@ class Keeper:
             fingerprints: Of what should be the same when the run is resumed; what differs from
                 the snapshot resumed from is reported.
         """
-        self._start_engine({**fingerprints, "launch": self._launch})
+        world = str(self.place.world_size)
+        self._start_engine(
+            {**fingerprints, "launch": self._launch, "life": self._life, "world": world}
+        )
         slot, board = self.place.local_rank, self._link.board
         board.report(slot, replace(board.position(slot), time=time.time()))  # this life is here too
         changes = self._changes = describe_changes(self._then, fingerprints)
@@ -193,7 +198,7 @@ class Keeper:
             return
         start = announce.Start(self.config, self.identity, self.fit, self.place.world_size)
         if restored is None:
-            start.fresh(self.journal, damaged=self._finder.damaged)
+            start.fresh(self.journal, damaged=self._finder.damaged, lost=self._recall.lost)
         else:
             lost = max(0, self._reached - restored.step) if self._reached else None
             if self._changes:
@@ -227,18 +232,9 @@ class Keeper:
         buffers = 3 if self._persist or self._protection else 2
         self._link.ask(m.Reserve(size // self._share.replicas, buffers), m.Done)
         if self.place.rank == 0:
-            survived = [what for what, survives in survival_domain().items() if survives]
-            beyond = "the node"
-            if self._protection is not None and self._protects:
-                survived.append(f"the loss of {self._protection}")
-                beyond = f"{self._protection.group.parities + 1} of them"
             total = 2 * size // self._share.replicas * self.place.members
-            limit = memory_limit()
-            report.say(
-                f"{report.size(total)} of {report.size(limit.total)} {limit.bound} memory for "
-                f"snapshots · survives {', '.join(survived)} · not the loss of {beyond}"
-                f"{self._finder.beyond_the_node()}"
-            )
+            protection = self._protection if self._recall.reachable else None
+            announce.room(total, protection, self._finder.beyond_the_node())
 
     # --- training -----------------------------------------------------------------------------
 
@@ -301,6 +297,11 @@ class Keeper:
         number, after = divmod(position.tick, 2)
         if not after:
             self._pace.taken(number, self._engine.counters.copy_s, beside=allowed)
+
+    def stepped(self, step: int) -> None:
+        """``step`` optimizer steps are done, the newest of which no boundary has followed yet."""
+        board, slot = self._link.board, self.place.local_rank
+        board.report(slot, replace(board.position(slot), step=step, time=time.time()))
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the same step, with a snapshot; safe in signal handlers."""

@@ -36,10 +36,23 @@ class Protection:
 
     settings: m.ProtectSettings
     group: Group
+    groups: int
+    """How many of them there are."""
 
     def __str__(self) -> str:
         nodes, parities = len(self.group.nodes), self.group.parities
-        return f"{'one' if parities == 1 else f'any {parities}'} of {nodes} nodes"
+        many = "one" if parities == 1 else f"any {parities}"
+        return f"{many} of {f'a group of {nodes}' if self.groups > 1 else nodes} nodes"
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What came of bringing back what lost nodes had."""
+
+    reachable: bool
+    """All nodes of a group can connect to each other."""
+    lost: bool
+    """More of them were lost than their parities make up for."""
 
 
 def protection_of(config: ResolvedConfig, place: Place, paths: RunPaths) -> Protection | None:
@@ -58,7 +71,8 @@ def protection_of(config: ResolvedConfig, place: Place, paths: RunPaths) -> Prot
         if count > 1:
             raise ConfigError(
                 f"{place.world_size} ranks on {count} nodes: give protect.nodes, such as "
-                f"{max(1, count - 1)}+1, so that what a lost node had can come back"
+                f"{max(1, count - 1)}+1, so that what a lost node had can come back (ranks count "
+                "as on one node where they share machine and run.dir, which TMPDIR may change)"
             )
         return None
     data, parities = parse_code(config.protect.nodes)
@@ -86,9 +100,8 @@ def protection_of(config: ResolvedConfig, place: Place, paths: RunPaths) -> Prot
     group = grouping.of(me)
     assert group is not None  # there are at least two nodes
     addresses = {name: (nodes[name].host, nodes[name].port) for name in group.nodes}
-    return Protection(
-        m.ProtectSettings(me, group.nodes, group.parities, addresses, config.protect.rate), group
-    )
+    settings = m.ProtectSettings(me, group.nodes, group.parities, addresses, config.protect.rate)
+    return Protection(settings, group, len(grouping.groups))
 
 
 def _name(node: int) -> str:
@@ -108,10 +121,10 @@ def _exchange(config: ResolvedConfig, place: Place, paths: RunPaths) -> dict[str
     }
 
 
-def recall(link: Link, place: Place, *, give_up: bool) -> bool:
+def recall(link: Link, place: Place, *, give_up: bool) -> Recall:
     """Have what a lost node had brought back, and say which nodes cannot be reached. Collective.
 
-    Returns when all nodes have what can be had: whether all could be reached.
+    Returns when all nodes have what can be had.
 
     Args:
         link: To this node's snapshot process.
@@ -140,17 +153,18 @@ def recall(link: Link, place: Place, *, give_up: bool) -> bool:
         for line in unreachable:
             report.say(line)
         for rank, answer in failures.items():
-            if anything or answer.lost:
+            if answer.lost:
                 report.say(f"what the node of rank {rank} had does not come back: {answer.failure}")
     for rank, answer in failures.items():
         if anything and not answer.lost and not give_up:
             link.leave(finished=False)
+            why = answer.unreachable[0] if answer.unreachable else answer.failure
             raise ProtectionError(
-                f"what the node of rank {rank} had cannot come back: {answer.failure}. Other nodes "
-                "keep their state: start again with the settings that it was begun with, when all "
-                "nodes can reach each other; or set run.resume=never to give it up"
+                f"what the node of rank {rank} had cannot come back now: {why}. Other nodes keep "
+                "their state: start again with the settings that it was begun with, when all nodes "
+                "can reach each other; or set run.resume=never to give it up"
             )
-    return not unreachable
+    return Recall(not unreachable, any(answer.lost for answer in failures.values()))
 
 
 def _progress() -> Progress:

@@ -169,6 +169,8 @@ class Session:
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
         self._stepped = (None if loss is None or skipped else loss.detach(),)
+        if self._keeper is not None:
+            self._keeper.stepped(self._step)
 
     @property
     def keeper(self) -> Keeper | None:

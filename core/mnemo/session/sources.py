@@ -34,6 +34,11 @@ class Candidate:
     identity: dict[str, str]
     origin: str
 
+    @property
+    def life(self) -> int:
+        """Number of the life that took it, the same on all ranks; 0 if it was not told."""
+        return int(self.identity.get("life", "0"), 16)
+
 
 class StateSource(Protocol):
     """A place that generations can be read from."""
@@ -48,17 +53,20 @@ def newest_common(
 ) -> Candidate | None:
     """The newest generation that every rank can read. Collective.
 
-    A damaged copy on one rank makes all ranks fall back to the generation before.
+    A damaged copy on one rank makes all ranks fall back to the generation before; and so do copies
+    of different lives, which a node has that was away while others went on without it.
     """
     below: int | None = None
     while True:
         found = source.newest(below, newer_than)
         low, high = agree(found.tick if found else NOTHING)
         if low == high:
-            return found
+            lives = agree(found.life if found else 0)
+            if lives[0] == lives[1]:
+                return found
         if low == NOTHING:
             return None
-        below = low + 1
+        below = low if low == high else low + 1
 
 
 class MemorySource:
@@ -68,12 +76,17 @@ class MemorySource:
         self._link, self._rank, self._secret = link, rank, secret
         self.damaged = 0
         """Generations that could not be used."""
+        self.held = False
+        """Whether there was any."""
+        self.world_size = 0
+        """Of how many ranks the newest is that can be used; 0 if none is, or it does not say."""
 
     def newest(self, below: int | None, newer_than: int) -> Candidate | None:
         """See `StateSource`."""
         while True:
             fetched, fds = self._link.ask(m.Fetch(below or 0), m.Fetched)
             generation = fetched.generation
+            self.held = self.held or generation is not None
             if generation is None or generation.tick <= newer_than:
                 close_all(fds)
                 prefetch.drop()
@@ -83,13 +96,15 @@ class MemorySource:
                 for fd in fds:
                     source = Source.of_fd(fd)
                     sources[source.meta.rank] = source
-                return _candidate(
-                    sources, self._rank, self._secret, "memory", prefetch.take(sources, self._rank)
-                )
+                ahead = prefetch.take(sources, self._rank)
+                found = _candidate(sources, self._rank, self._secret, "memory", ahead)
             except IntegrityError as error:
                 log.warning("the snapshot of step %d is not used: %s", generation.step, error)
                 below = generation.tick
                 self.damaged += 1
+            else:
+                self.world_size = self.world_size or int(found.identity.get("world", "0"))
+                return found
             finally:
                 close_all(fds)
 

@@ -85,10 +85,13 @@ class Unsaved:
                     if parameter.requires_grad != trained:
                         parameter.requires_grad_(trained)
         owners = dict(modules)
-        for name, buffer in _buffers(modules):
-            if name in state["buffers"]:
-                path, _, own = name.rpartition(".")
-                owners[path]._buffers[own] = _filled(buffer, state["buffers"][name])
+        device = next((p.device for p in self._module.parameters()), None)
+        for where, saved in state["buffers"].items():
+            path, _, name = where.rpartition(".")
+            buffers = owners[path]._buffers if path in owners else {}
+            if name in buffers:
+                buffer = buffers[name]  # None where it was not filled yet
+                buffers[name] = saved.to(device) if buffer is None else _filled(buffer, saved)
         for name, generator in _generators(modules):
             if name in state["generators"]:
                 set_states([generator], [state["generators"][name]])
