@@ -37,6 +37,7 @@ from mnemo.transport.peer import Peer
 
 log = logging.getLogger("mnemo.protect")
 
+_PATIENCE_S: Final = 1.0
 _ROUNDS: Final = 3
 """How often a rebuild is begun when what it reads is given up meanwhile."""
 
@@ -131,7 +132,11 @@ class Protector:
     async def close(self) -> None:
         """Take part no more, hang up on the others, and give the parities' memory back."""
         self._neighbours.attend(self._fit, None)
-        await cancel(*self._tasks, *self._serving)
+        await cancel(*self._tasks)
+        for task in self._serving:
+            task.cancel()
+        if self._serving:  # they end by themselves; one that hangs must not keep this one
+            await asyncio.wait(self._serving, timeout=_PATIENCE_S)
         await self._member.abandon()
         self._keeping.close()
 
