@@ -57,7 +57,8 @@ class Life:
     def kill(self) -> None:
         """SIGKILL, unless it has ended."""
         if self.running():
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Kill it if it still runs, and wait for its end."""

@@ -36,6 +36,8 @@ from mnemo.transport.peer import Peer
 
 log = logging.getLogger("mnemo.protect")
 
+_AGAIN_S: Final = 0.25
+"""Shorter than what ends the member itself waits for."""
 RETRY_S: Final = 0.5
 """How long a member waits before it looks for its leader again."""
 WORTH: Final = 0.25
@@ -285,7 +287,7 @@ class Member:
             return
         candidate.inbox.close()
         if candidate.task is not None:
-            await cancel(candidate.task)
+            await cancel(candidate.task, again_s=_AGAIN_S)
         if candidate.epoch not in self._keeping:
             candidate.shard.close()
             self._keeping.holdings.unpin(candidate.tick)

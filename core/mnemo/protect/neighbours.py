@@ -165,10 +165,19 @@ async def together(*parts: Coroutine[Any, Any, Any]) -> None:
         await cancel(*tasks)
 
 
-async def cancel(*tasks: asyncio.Future[Any]) -> None:
-    """End ``tasks`` and wait until they have; what they raise is dropped."""
-    for task in tasks:
-        task.cancel()
+async def cancel(*tasks: asyncio.Future[Any], again_s: float = 1.0) -> None:
+    """End ``tasks`` and wait until they have; what they raise is dropped.
+
+    Args:
+        tasks: What is to end.
+        again_s: After how long a task that goes on is told again: a cancellation that comes at
+            the same time as what the task waited for may get lost.
+    """
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=again_s)
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
