@@ -25,13 +25,21 @@ from mnemo.smp.paths import RunPaths
 from mnemo.transport import auth
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from warm import Life, Zygote
 
 SCRIPTS = Path(__file__).parent / "scripts"
 RUN = "cluster"
 PATIENCE_S = 60.0
+
+
+def until(what: str, ready: Callable[[], object]) -> None:
+    """Wait until ``ready``, for what shows in nothing that could be waited on."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not ready():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
 
 
 @dataclass

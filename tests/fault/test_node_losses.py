@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from nodes_lab import PATIENCE_S, Cluster
+from nodes_lab import Cluster, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,13 +47,6 @@ def cluster(
     )
     with contextlib.closing(made):
         yield made
-
-
-def until(what: object, ready: object) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not ready():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def campaign(zygote: Zygote, directory: Path, shape: Shape, kills: int, seed: int) -> list[str]:

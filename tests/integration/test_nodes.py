@@ -6,14 +6,13 @@ import contextlib
 import os
 import re
 import signal
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from commands import mnemo
-from nodes_lab import PATIENCE_S, Cluster
+from nodes_lab import Cluster, until
 
 from mnemo.types import EXIT_STATE_SAVED
 
@@ -34,13 +33,6 @@ def cluster(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
             return made
 
         yield make
-
-
-def until(what: str, ready: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not ready():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def lines(said: str) -> str:
