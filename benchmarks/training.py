@@ -17,7 +17,7 @@ from mnemo.session.attributes import AttributeWatch
 from mnemo.session.identity import RunIdentity
 from mnemo.session.keeper import End, Keeper
 from mnemo.session.place import Place
-from mnemo.session.unsaved import Unsaved
+from mnemo.session.unsaved import ModuleTree, Unsaved
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
@@ -49,6 +49,7 @@ class Training:
         torch.manual_seed(0)
         self.model = nn.Sequential(*[Block(width) for _ in range(blocks)])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self._tree = ModuleTree(self.model)
         self._unsaved = Unsaved(self.model)
         self._attributes = AttributeWatch("")
         self._batch = torch.randn(batch, width)
@@ -80,7 +81,7 @@ class Training:
 
     def listed_state(self) -> dict[str, Any]:
         """The same as `mnemo.Session` gives it to its keeper."""
-        modules = list(self.model.named_modules())
+        modules = self._tree.modules()
         return {
             "model": module_state(self.model),
             "unsaved": self._unsaved.state(modules),

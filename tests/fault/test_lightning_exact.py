@@ -18,6 +18,7 @@ OPTIMIZATION: dict[str, tuple[str, ...]] = {
     "gan": ("backward:5", "mid_copy:8", "validation:16", "update:19"),
     "manual_pending": ("backward:5", "between:7"),
     "lora": ("forward:3", "mid_copy:9"),
+    "layer_schedule": ("forward:3", "mid_copy:9", "validation:16"),
     "lr_search": ("forward:11", "mid_copy:15"),
     "unsaved": ("forward:3", "validation:8", "mid_copy:13"),
     "metrics": ("forward:3", "between:7", "validation:12", "mid_copy:17"),
@@ -119,6 +120,23 @@ def test_identical_but_not_provably(lab: Lab, tmp_path: Path, case: str) -> None
     assert not any(r["exact"] for r in resumed)
     if "stream" in case or case == "mixed":
         assert "batches of this epoch are loaded again and thrown away" in lives[1].said
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("layer_exchanged", "net.2 was a GELU by then"),
+        ("hook_added", "net.0 had a hook"),
+        ("pruning", "net.0 had a hook"),
+    ],
+)
+def test_what_was_made_of_the_model_is_missed(
+    lab: Lab, tmp_path: Path, case: str, said: str
+) -> None:
+    lives = lab.lives(case, tmp_path / "killed", kill_at("forward:3", "forward:11", "forward:13"))
+    assert [said in life.said for life in lives] == [False, False, True, True]
+    starts = [r for r in records("killed") if r["event"] == "start"]
+    assert [s["exact"] for s in starts[1:]] == [True, False, False]
 
 
 def test_augmentation_in_workers_is_exact_when_samples_are_seeded(lab: Lab, tmp_path: Path) -> None:

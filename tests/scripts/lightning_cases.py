@@ -363,6 +363,43 @@ def finetuning(out):
     return Case(Tuned(), loader(), val(), {"max_epochs": 3}, [Unfreeze()])
 
 
+def layer_schedule(out):
+    """Settings of torch's own layers change by a schedule that only looks at what they are."""
+
+    class Scheduled(Net):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.net[3].p *= 0.9
+            self.net[1].momentum *= 0.95
+
+    return Case(Scheduled(), loader(), val(), {"max_epochs": 3})
+
+
+def layer_exchanged(out):
+    class Operated(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.net[2] = nn.GELU()
+
+    return Case(Operated(), loader(), val(), {"max_epochs": 3})
+
+
+def hook_added(out):
+    class Operated(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.net[0].register_forward_hook(lambda module, args, output: output * 0.9)
+
+    return Case(Operated(), loader(), val(), {"max_epochs": 3})
+
+
+def pruning(out):
+    from lightning.pytorch.callbacks import ModelPruning
+
+    return Case(
+        Net(), loader(), val(), {"max_epochs": 3}, [ModelPruning("l1_unstructured", amount=0.2)]
+    )
+
+
 # --- metrics and loop settings ----------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mnemo.session.attributes import AttributeWatch, _digest
+from mnemo.session.surgery import Surgery
 from mnemo.session.unsaved import ModuleTree, Unsaved
 
 
@@ -257,3 +258,79 @@ def test_a_buffer_of_another_shape_is_taken_over() -> None:
     then.mean = torch.ones(4)
     Unsaved(now).restore(unsaved.state(modules(then)))
     assert now.mean.tolist() == [1, 1, 1, 1]
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(2)
+        self.act: nn.Module = nn.ReLU()
+
+
+def test_settings_of_layers_come_back_where_they_were_changed() -> None:
+    before, after = Layers(), Layers()
+    kept, tree = Unsaved(before), ModuleTree(before)
+    assert kept.state(tree.modules())["settings"] == {}
+    before.drop.p = 0.25
+    before.norm.momentum = None
+    state = kept.state(tree.modules())
+    assert state["settings"] == {"drop.p": 0.25, "norm.momentum": None}
+    after.drop.inplace = True  # what a new start does otherwise stays
+    later = Unsaved(after)
+    later.restore(state)
+    assert (after.drop.p, after.norm.momentum, after.drop.inplace) == (0.25, None, True)
+    assert later.state(modules(after))["settings"] == state["settings"]
+
+
+def test_settings_of_an_exchanged_layer_come_back() -> None:
+    before, after = Layers(), Layers()
+    kept, tree = Unsaved(before), ModuleTree(before)
+    kept.state(tree.modules())
+    before.drop = nn.Dropout(0.1)
+    state = kept.state(tree.modules())
+    Unsaved(after).restore(state)
+    assert after.drop.p == 0.1
+
+
+def operated(change: Any, *, again: Any = lambda layers: None) -> str:
+    """What a life says that goes on from one in which ``change`` was done."""
+    before, after = Layers(), Layers()
+    surgery, tree = Surgery(), ModuleTree(before)
+    surgery.look(tree.modules())
+    change(before)
+    saved = surgery.look(tree.modules())
+    again(after)
+    return Surgery().begin(modules(after), saved)
+
+
+def exchanges(layers: Layers) -> None:
+    layers.act = nn.GELU()
+
+
+def hooks(layers: Layers) -> None:
+    layers.drop.register_forward_pre_hook(lambda *_: None)
+
+
+def test_exchanged_layers_and_hooks_are_missed() -> None:
+    assert operated(lambda layers: None) == ""
+    assert "act was a GELU by then" in operated(exchanges)
+    assert "drop had a hook" in operated(hooks)
+    assert operated(exchanges, again=exchanges) == ""
+    assert operated(hooks, again=hooks) == ""
+
+
+def test_what_was_there_before_the_first_snapshot_is_none_of_surgery() -> None:
+    before = Layers()
+    hooks(before)
+    surgery = Surgery()
+    saved = surgery.look(modules(before))
+    assert Surgery().begin(modules(Layers()), saved) == ""
+
+
+def test_a_layer_that_is_not_yet_made_is_not_missed() -> None:
+    before, after = nn.Sequential(nn.LazyLinear(2)), nn.Sequential(nn.LazyLinear(2))
+    surgery = Surgery()
+    surgery.look(modules(before))
+    before(torch.zeros(1, 3))
+    assert Surgery().begin(modules(after), surgery.look(modules(before))) == ""

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 import xxhash
 
-from mnemo.session.unsaved import Modules, is_torchs, join
+from mnemo.session.surgery import Surgery
+from mnemo.session.unsaved import INNER, SCALARS, Modules, is_torchs, join
 
 _FIRST: Final = 4
 _THEN_EVERY: Final = 64
 _LARGEST: Final = 100_000
 """Bytes of an attribute that is looked at."""
-_SCALARS: Final = (int, float, complex, str, bool, type(None), np.generic)
 _SEQUENCES: Final = (list, tuple, deque)
-_PLAIN: Final = (*_SCALARS, *_SEQUENCES, dict, set, torch.Tensor, np.ndarray)
+_PLAIN: Final = (*SCALARS, *_SEQUENCES, dict, set, torch.Tensor, np.ndarray)
 _UNKNOWN: Final = 0
-_INNER: Final = frozenset(vars(torch.nn.Module()))
 
 Attribute = tuple[str, dict[str, Any], str]
 """Path, and where it is found: by which name among which module's attributes."""
@@ -44,7 +43,7 @@ class AttributeWatch:
             kinds: Classes of submodules that take care of themselves.
         """
         self._remedy = remedy
-        self._skip = _INNER | frozenset(skip)
+        self._skip = INNER | frozenset(skip)
         self._kinds = kinds
         self._looks = 0
         self._base: dict[str, int] = {}
@@ -54,6 +53,7 @@ class AttributeWatch:
         self._seen: dict[str, int] = {}
         self._scalars: list[tuple[dict[str, Any], str, Any]] = []
         self._changing: dict[str, Attribute] = {}
+        self._surgery = Surgery()
 
     def begin(self, modules: Modules, saved: Mapping[str, Any] | None = None) -> str:
         """A life begins, with all restored that is.
@@ -79,6 +79,10 @@ class AttributeWatch:
             if (then == _UNKNOWN or self._base.get(path) != then)
             and (path in filled or path in saved["changing"])
         }
+        parts = (self._words(), self._surgery.begin(modules, saved["surgery"]))
+        return "; ".join(filter(None, parts))
+
+    def _words(self) -> str:
         if not self._lost:
             return ""
         many = len(self._lost) > 1
@@ -105,7 +109,11 @@ class AttributeWatch:
         changed = {path: d for path, d in self._seen.items() if self._base.get(path) != d}
         for path, own, name in self._changing.values():
             changed[path] = _digest(own.get(name), here=True) or _UNKNOWN
-        return {"then": {**self._lost, **changed}, "changing": [*self._lost, *self._changing]}
+        return {
+            "then": {**self._lost, **changed},
+            "changing": [*self._lost, *self._changing],
+            "surgery": self._surgery.look(modules),
+        }
 
     def _look_closely(self, modules: Modules, *, warn: bool) -> None:
         found = list(self._attributes(modules))
@@ -123,7 +131,7 @@ class AttributeWatch:
         self._scalars = [
             (own, name, own[name])
             for path, own, name in found
-            if isinstance(own[name], _SCALARS) and path not in self._changing
+            if isinstance(own[name], SCALARS) and path not in self._changing
         ]
         if fresh and warn:
             names = ", ".join(sorted(path for path, _, _ in fresh))
@@ -186,7 +194,7 @@ def _feed(value: Any, digest: Any, left: list[int], *, here: bool) -> None:
     elif isinstance(value, np.ndarray):
         _spend(left, value.nbytes)
         raw += f"{value.dtype}{value.shape}".encode() + value.tobytes()
-    elif isinstance(value, _SCALARS):
+    elif isinstance(value, SCALARS):
         raw += repr(value).encode()
     elif isinstance(value, dict):
         parts = (part for item in value.items() for part in item)
