@@ -38,8 +38,17 @@ lint: $(STAMP) ## ruff, mypy --strict, pyright, import-linter
 	@echo "lint: pyright";     $(BIN)/pyright --warnings
 	@echo "lint: import-linter"; $(BIN)/lint-imports --no-logo
 
+# Nodes in network namespaces need ip; where it cannot be installed, their tests say why they skip.
+.PHONY: iproute2
+iproute2:
+	@command -v ip >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { \
+	  echo "test: installing iproute2 (Debian package), for tests of several nodes"; \
+	  apt-get install -qq --no-install-recommends iproute2 >/dev/null 2>&1 || { \
+	  apt-get update -qq >/dev/null 2>&1 && apt-get install -qq --no-install-recommends iproute2 >/dev/null 2>&1; }; }; } \
+	  || echo "test: iproute2 is missing and cannot be installed here; tests of several nodes are skipped"
+
 # By file and in the order of directories: the long ones begin.
-test: $(STAMP) ## the default tests; under 10 minutes on 2 cores
+test: $(STAMP) iproute2 ## the default tests; under 10 minutes on 2 cores
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 demo: $(STAMP) ## train a small GPT twice, once with a rank killed, and compare; under 5 minutes
