@@ -23,10 +23,11 @@ from mnemo.erasure.codec import Codec
 from mnemo.errors import FragmentError, PeerError, PeerTimeoutError
 from mnemo.protect.base import Old, OldFragment, add, check
 from mnemo.protect.messages import Digests, Message, Offer, Stored
-from mnemo.protect.neighbours import Neighbours, cancel, together
+from mnemo.protect.neighbours import Neighbours
 from mnemo.protect.plan import Plan
 from mnemo.protect.shard import Fragments, Table
 from mnemo.protect.streams import Incoming, Outgoing, Stream, receive
+from mnemo.protect.tasks import cancel, together
 from mnemo.transport.peer import Peer
 
 WINDOW: Final = 2

@@ -16,9 +16,10 @@ import xxhash
 from mnemo.erasure.codec import Codec
 from mnemo.errors import FragmentError, PeerError, ProtectionError, ShardsLostError
 from mnemo.protect.messages import Message, Read, Rebuild
-from mnemo.protect.neighbours import Neighbours, cancel
+from mnemo.protect.neighbours import Neighbours
 from mnemo.protect.shard import Fragments
 from mnemo.protect.streams import Part, Stream
+from mnemo.protect.tasks import cancel
 from mnemo.transport.peer import Peer
 
 WINDOW: Final = 3

@@ -28,16 +28,15 @@ from mnemo.protect.messages import (
     Protected,
     Refused,
 )
-from mnemo.protect.neighbours import Neighbours, cancel, together
+from mnemo.protect.neighbours import Neighbours
 from mnemo.protect.plan import Plan
 from mnemo.protect.shard import Fragments, Shard
+from mnemo.protect.tasks import cancel, together
 from mnemo.transport.address import Address
 from mnemo.transport.peer import Peer
 
 log = logging.getLogger("mnemo.protect")
 
-_AGAIN_S: Final = 0.25
-"""Shorter than what ends the member itself waits for."""
 RETRY_S: Final = 0.5
 """How long a member waits before it looks for its leader again."""
 WORTH: Final = 0.25
@@ -286,11 +285,13 @@ class Member:
         if candidate is None:
             return
         candidate.inbox.close()
-        if candidate.task is not None:
-            await cancel(candidate.task, again_s=_AGAIN_S)
-        if candidate.epoch not in self._keeping:
-            candidate.shard.close()
-            self._keeping.holdings.unpin(candidate.tick)
+        try:
+            if candidate.task is not None:
+                await cancel(candidate.task)
+        finally:
+            if candidate.epoch not in self._keeping:
+                candidate.shard.close()
+                self._keeping.holdings.unpin(candidate.tick)
 
     async def take_offer(self, peer: Peer[Message], offer: Offer) -> None:
         """``peer`` begins a fragment: leave the connection to the attempt, to its end.

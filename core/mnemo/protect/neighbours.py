@@ -10,12 +10,13 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from mnemo.errors import PeerLostError
 from mnemo.protect.messages import DECODER, Chunk, Message, Opening, Refused
+from mnemo.protect.tasks import cancel
 from mnemo.transport.address import Address
 from mnemo.transport.endpoints import Listener, connect
 from mnemo.transport.handshake import Identity
@@ -154,31 +155,6 @@ class Neighbours:
 def default_rate() -> float:
     """Most bytes a second that a node sends of fragments unless told otherwise."""
     return PER_CORE * len(os.sched_getaffinity(0))
-
-
-async def together(*parts: Coroutine[Any, Any, Any]) -> None:
-    """Run ``parts`` at the same time; the first that fails ends the others, and is raised."""
-    tasks = [asyncio.ensure_future(part) for part in parts]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        await cancel(*tasks)
-
-
-async def cancel(*tasks: asyncio.Future[Any], again_s: float = 1.0) -> None:
-    """End ``tasks`` and wait until they have; what they raise is dropped.
-
-    Args:
-        tasks: What is to end.
-        again_s: After how long a task that goes on is told again: a cancellation that comes at
-            the same time as what the task waited for may get lost.
-    """
-    pending = {task for task in tasks if not task.done()}
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=again_s)
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _hang_up(line: asyncio.Task[Peer[Message]]) -> None:

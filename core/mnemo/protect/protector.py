@@ -29,15 +29,15 @@ from mnemo.protect.messages import (
     Rebuild,
     Refused,
 )
-from mnemo.protect.neighbours import Neighbours, cancel, together
+from mnemo.protect.neighbours import Neighbours
 from mnemo.protect.plan import CHUNK
 from mnemo.protect.rebuild import Progress, Rebuilding, find_survivors
 from mnemo.protect.shard import Fragments
+from mnemo.protect.tasks import cancel, ended, together
 from mnemo.transport.peer import Peer
 
 log = logging.getLogger("mnemo.protect")
 
-_PATIENCE_S: Final = 1.0
 _ROUNDS: Final = 3
 """How often a rebuild is begun when what it reads is given up meanwhile."""
 
@@ -132,11 +132,7 @@ class Protector:
     async def close(self) -> None:
         """Take part no more, hang up on the others, and give the parities' memory back."""
         self._neighbours.attend(self._fit, None)
-        await cancel(*self._tasks)
-        for task in self._serving:
-            task.cancel()
-        if self._serving:  # they end by themselves; one that hangs must not keep this one
-            await asyncio.wait(self._serving, timeout=_PATIENCE_S)
+        await cancel(*self._tasks, *self._serving)
         await self._member.abandon()
         self._keeping.close()
 
@@ -246,7 +242,10 @@ class Protector:
         generation = plan.generation
         parity = await keeping.parities.take(plan.parity_size(position))
         try:
-            shard = await asyncio.to_thread(keeping.holdings.make, generation.shards[position])
+            pieces = generation.shards[position]
+            made = asyncio.ensure_future(asyncio.to_thread(keeping.holdings.make, pieces))
+            await ended(made)  # a thread cannot be told to end
+            shard = made.result()
             try:
                 fragments = Fragments(plan, position, shard, parity)
                 await Rebuilding(

@@ -24,10 +24,11 @@ from mnemo.protect.messages import (
     Message,
     Rebuild,
 )
-from mnemo.protect.neighbours import Neighbours, together
+from mnemo.protect.neighbours import Neighbours
 from mnemo.protect.plan import Plan
 from mnemo.protect.shard import Fragments, Table, seal_of
 from mnemo.protect.streams import Incoming, receive
+from mnemo.protect.tasks import together
 from mnemo.transport.peer import Peer
 
 log = logging.getLogger("mnemo.protect")

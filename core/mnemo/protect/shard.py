@@ -22,6 +22,7 @@ from msgspec import msgpack
 from mnemo.errors import FragmentError, ProtectionError
 from mnemo.protect.messages import Piece
 from mnemo.protect.plan import Plan, page_up
+from mnemo.protect.tasks import ended
 
 _PAGE: Final = 4096
 Table = npt.NDArray[np.uint64]
@@ -109,12 +110,12 @@ class Parities:
         else:
             made = asyncio.ensure_future(asyncio.to_thread(self._allocate, size))
             try:
-                fd = await asyncio.shield(made)
+                await ended(made)
             except asyncio.CancelledError:
-                await asyncio.wait([made])
                 if not made.exception():
                     self._free.append(made.result())
                 raise
+            fd = made.result()
         self._used.add(fd)
         return fd
 

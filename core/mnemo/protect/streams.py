@@ -7,8 +7,9 @@ from typing import Final, NamedTuple
 
 from mnemo.errors import FragmentError, PeerError, ProtectionError
 from mnemo.protect.messages import Chunk, Message, Refused
-from mnemo.protect.neighbours import Neighbours, cancel
+from mnemo.protect.neighbours import Neighbours
 from mnemo.protect.plan import Plan
+from mnemo.protect.tasks import cancel
 from mnemo.transport.peer import Peer, Received
 
 UNCHANGED: Final = 1 / 3

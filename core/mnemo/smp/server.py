@@ -111,8 +111,7 @@ class Server:
                     log.info("nobody came back in time: giving the memory back")
                     break
                 self._wake.clear()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), None if math.isinf(left) else left)
+                await self._woken(left)
         finally:
             acceptor.cancel()
             for task in self._tasks:
@@ -122,6 +121,18 @@ class Server:
                 await fit.close()
             if self._neighbours is not None:
                 await self._neighbours.close()
+
+    async def _woken(self, seconds: float) -> None:
+        """Wait for something to happen; ``seconds`` are all that nothing may."""
+        # Not wait_for: before Python 3.12 that may swallow a cancellation.
+        timer = None
+        if not math.isinf(seconds):
+            timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def stop(self) -> None:
         """End `run` soon."""
@@ -171,14 +182,17 @@ class Server:
 
     async def _serve(self, sock: socket.socket) -> None:
         client = Connection(local.AsyncChannel(sock))
+        overdue = asyncio.get_running_loop().call_later(ADMISSION_S, client.channel.hang_up)
         try:
-            await asyncio.wait_for(self._admit(client.channel), ADMISSION_S)
+            await self._admit(client.channel)
+            overdue.cancel()
             self._clients.add(client)
             while await self._answer_one(client):
                 pass
-        except (OSError, MnemoError, asyncio.TimeoutError) as error:
+        except (OSError, MnemoError) as error:
             log.info("connection of process %d ended: %s", client.channel.pid, error)
         finally:
+            overdue.cancel()
             self._forget(client)
             client.channel.close()
 

@@ -212,10 +212,11 @@ class AsyncChannel:
             return -1
         except (OSError, AttributeError):
             return -1  # an old kernel, or another pid namespace: the socket alone has to tell
-        self._loop.add_reader(pidfd, self._hang_up)
+        self._loop.add_reader(pidfd, self.hang_up)
         return pidfd
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """End the connection: whoever waits for the peer gets no more of it."""
         self._unwatch()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
