@@ -101,7 +101,7 @@ class MnemoCallback(pl.Callback):
         keeper, resume, hooks = self._keeper, self._resume, self._hooks
         if keeper is None or resume is None or hooks is None:
             return
-        keeper.begin(fingerprints(trainer))
+        keeper.begin({**fingerprints(trainer), **resume.groups})
         if resume.restored is None:
             resume.announce_without()
             keeper.reserve(expected_size(pl_module, trainer.optimizers))

@@ -20,6 +20,7 @@ from lightning_mnemo.outputs import Outputs
 from mnemo.session.announce import Start
 from mnemo.session.exactness import first_sum_differs
 from mnemo.session.finder import Restored
+from mnemo.session.identity import group_fingerprints
 from mnemo.session.keeper import Keeper
 from mnemo.session.report import say
 from mnemo.snapshot.listing import keep_types
@@ -55,6 +56,8 @@ class Resume:
         """What is to be gone on from; None once that is done."""
         self.lightnings: tuple[str, int] | None = None
         """File and step that Lightning itself goes on from."""
+        self.groups: dict[str, str] = {}
+        """Fingerprints of the optimizers' groups as the program made them."""
         self.data = DataPosition(trainer, seed_samples=seed_samples)
         self.outputs = Outputs(trainer)
         if restored is not None:
@@ -65,6 +68,7 @@ class Resume:
         """Follow Lightning while it makes loaders and restores."""
         trainer = self._trainer
         hooks.around(trainer.strategy, "process_dataloader", self._around_process_dataloader)
+        hooks.around(trainer.strategy, "setup_optimizers", self._around_setup_optimizers)
         hooks.around(trainer.strategy, "load_optimizer_state_dict", self._around_load_optimizers)
         hooks.around(trainer.fit_loop, "setup_data", self._around_setup_data)
         hooks.around(trainer._checkpoint_connector, "resume_start", self._around_resume_start)
@@ -93,6 +97,12 @@ class Resume:
             self.data.reset()
         with loops.as_of_epoch(trainer, self.data.loaded_in_epoch):
             original()
+
+    def _around_setup_optimizers(
+        self, trainer: pl.Trainer, original: Callable[..., None], *args: Any, **named: Any
+    ) -> None:
+        original(*args, **named)
+        self.groups = group_fingerprints(trainer.optimizers)
 
     def _around_load_optimizers(
         self, trainer: pl.Trainer, original: Callable[[Any], None], checkpoint: Any

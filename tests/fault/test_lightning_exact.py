@@ -17,6 +17,7 @@ OPTIMIZATION: dict[str, tuple[str, ...]] = {
     "accumulation": ("forward:2", "validation:2", "mid_copy:4", "update:6"),
     "gan": ("backward:5", "mid_copy:8", "validation:16", "update:19"),
     "manual_pending": ("backward:5", "between:7"),
+    "groups": ("forward:3", "mid_copy:9"),
     "lora": ("forward:3", "mid_copy:9"),
     "layer_schedule": ("forward:3", "mid_copy:9", "validation:16"),
     "lr_search": ("forward:11", "mid_copy:15"),

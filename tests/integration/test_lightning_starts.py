@@ -67,6 +67,13 @@ def test_another_learning_rate_is_a_change_of_the_optimizer(lab: Lab, tmp_path: 
     assert "not exact (changed: optimizer)" in life.said
 
 
+def test_another_setting_of_a_parameter_group_is_said(lab: Lab, tmp_path: Path) -> None:
+    killed(lab, tmp_path / "a", "groups")
+    life = lab.life("groups_changed", tmp_path / "a", run_id="run")
+    assert "changed since the snapshot: parameter group 1\n" in life.said
+    assert "not exact (changed: parameter group 1)" in life.said
+
+
 def test_never_begins_anew_and_says_so(lab: Lab, tmp_path: Path) -> None:
     killed(lab, tmp_path / "a")
     life = lab.life("plain", tmp_path / "b", run_id="run", settings=NEVER)

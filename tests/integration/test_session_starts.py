@@ -80,6 +80,17 @@ def test_another_learning_rate_in_the_program_is_said(live: Live) -> None:
     assert "not exact (changed: optimizer)" in ended.stderr
 
 
+def test_a_setting_of_one_group_is_compared_as_it_was_before_training(live: Live) -> None:
+    assert live("decaying", "killed").returncode == KILLED
+    ended = live("killed")
+    assert ended.returncode == KILLED
+    assert "resumed although these changed since the snapshot: parameter group 0\n" in ended.stderr
+    ended = live("decaying")
+    assert ended.returncode == 0, ended.stderr
+    assert "changed" not in ended.stderr
+    assert ", exact" in ended.stderr
+
+
 def test_groups_that_were_added_later_have_to_be_there_before_the_loop(live: Live) -> None:
     assert live("adds", "killed").returncode == KILLED
     refused = live("adds")

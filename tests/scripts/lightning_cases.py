@@ -934,6 +934,30 @@ def faster(out):
     return Case(Faster(), loader(), val())
 
 
+def groups(out, decay=0.1):
+    """Two groups with settings of their own, and a scheduler that changes one from the start."""
+
+    class Groups(Net):
+        def configure_optimizers(self):
+            first, second = self.net[:2], self.net[2:]
+            optimizer = torch.optim.AdamW(
+                [
+                    {"params": first.parameters(), "lr": 3e-3},
+                    {"params": second.parameters(), "weight_decay": decay},
+                ],
+                lr=1e-2,
+            )
+            warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=6)
+            return [optimizer], [{"scheduler": warm_up, "interval": "step"}]
+
+    return Case(Groups(), loader(), val())
+
+
+def groups_changed(out):
+    """`groups` with another weight decay in the second."""
+    return groups(out, decay=0.2)
+
+
 def regrouped(out):
     """`plain` with its parameters in two groups."""
 

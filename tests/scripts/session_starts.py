@@ -1,7 +1,7 @@
 """A plain loop of ten batches: ``session_starts.py OUT WAY...``; each batch's number goes to OUT.
 
-Ways: ``killed`` in step 7, ``leaves`` by break behind step 4, learns ``faster``, ``adds`` a group
-of parameters behind step 2, or has it ``added`` before the loop.
+Ways: ``killed`` in step 7, ``leaves`` by break behind step 4, learns ``faster``, has its only group
+``decaying``, ``adds`` a group of parameters behind step 2, or has it ``added`` before the loop.
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ def train(out: Path, ways: set[str]) -> None:
     optimizer = torch.optim.SGD(parameters, lr=1e-3 if "faster" in ways else 1e-4, momentum=0.9)
     if "added" in ways:
         optimizer.add_param_group({"params": second.parameters()})
+    if "decaying" in ways:
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     loader = DataLoader(TensorDataset(torch.arange(10.0)[:, None]))
-    run = mnemo.Session(model=model, optimizer=optimizer, snapshot={"every": 1})
+    run = mnemo.Session(
+        model=model, optimizer=optimizer, scheduler=scheduler, snapshot={"every": 1}
+    )
     for (x,) in run.batches(loader):
         with out.open("a") as file:
             file.write(f"{int(x)}\n")

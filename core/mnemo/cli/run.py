@@ -23,8 +23,8 @@ from mnemo.launcher.options import (
 )
 from mnemo.launcher.output import Terminal
 from mnemo.launcher.watch import smp_hooks
-from mnemo.recovery.journal import Journal, journal_path
-from mnemo.smp.paths import RunPaths
+from mnemo.recovery.journal import AGENTS_JOURNAL, Journal, journal_path
+from mnemo.smp.paths import AGENTS_DIRECTORY, RunPaths
 
 CONTEXT: Final = {"allow_interspersed_args": False}
 _OVERRIDE: Final = re.compile(r"[a-z_]+\.[A-Za-z_.]+=.*", re.DOTALL)
@@ -146,6 +146,9 @@ def run(
     ranks = count_ranks(nproc_per_node, os.environ)
     environ = overrides_to_environ(overrides)
     environ["MNEMO_RUN__JOURNAL"] = str(journal.path.parent)
+    # What only the program sets differs there; so it knows where this process looks.
+    paths = RunPaths.of(run_id, settings.run.dir)
+    environ |= {AGENTS_JOURNAL: str(journal.path), AGENTS_DIRECTORY: str(paths.directory)}
     file = config or os.environ.get(CONFIG_VARIABLE)
     if file:
         environ[CONFIG_VARIABLE] = str(Path(file).absolute())
@@ -165,8 +168,7 @@ def run(
         hidden=hidden_streams(redirects, local_ranks_filter, ranks),
     )
     terminal = Terminal(colour="NO_COLOR" not in os.environ)
-    hooks = smp_hooks(RunPaths.of(run_id, settings.run.dir))
-    agent = Agent(options, journal=journal, terminal=terminal, hooks=hooks)
+    agent = Agent(options, journal=journal, terminal=terminal, hooks=smp_hooks(paths))
     try:
         code = agent.run()
     except CrashLoopError as error:

@@ -6,6 +6,8 @@ writer), ``event``, and the event's own fields. Readers skip fields that they do
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -17,6 +19,8 @@ from mnemo.clock import Clock, SystemClock
 from mnemo.smp.paths import check_run_id
 
 VERSION: Final = 1
+AGENTS_JOURNAL: Final = "MNEMO_AGENT_JOURNAL"
+"""By which `mnemo run` tells its ranks where its own journal is."""
 _log = logging.getLogger(__name__)
 
 
@@ -127,6 +131,22 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             _shown(newer),
         )
     return records
+
+
+def history(journal: Journal) -> list[dict[str, Any]]:
+    """What is known of a run, oldest first; nothing where no journal can be read.
+
+    Where only the program sets ``run.journal``, `mnemo run` writes elsewhere why its ranks died.
+    """
+    agents = os.environ.get(AGENTS_JOURNAL)
+    paths = {os.path.realpath(path) for path in (journal.path, agents) if path}
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found.append(read(path))
+    if len(found) < 2:
+        return found[0] if found else []
+    return sorted(itertools.chain(*found), key=lambda record: record.get("time") or 0.0)
 
 
 def _shown(numbers: list[int], most: int = 5) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mnemo.config import ResolvedConfig, Resume
-from mnemo.errors import MnemoError
-from mnemo.recovery.journal import Journal, read
+from mnemo.recovery.journal import Journal, history
 from mnemo.session import report
 from mnemo.session.identity import RunIdentity
 from mnemo.session.nodes import Protection
 from mnemo.smp.memory import memory_limit, survival_domain
+from mnemo.smp.paths import AGENTS_DIRECTORY, RunPaths
+from mnemo.snapshot.job import Counters
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,17 @@ def room(size: int, protection: Protection | None, beyond: str) -> None:
     )
 
 
+def unattended(paths: RunPaths) -> None:
+    """Say so where `mnemo run` was not told what the program was, and looks elsewhere."""
+    agents = os.environ.get(AGENTS_DIRECTORY)
+    if agents and not paths.is_at(agents):
+        report.say(
+            f"the program keeps its state in {paths.directory}, and mnemo run looks in {agents}, "
+            "so it cannot say what is kept: set run.dir and run.id where both read them, as in "
+            "mnemo run run.dir=…"
+        )
+
+
 def _lost(steps: int | None) -> str:
     return "an unknown number of steps" if steps is None else report.count(steps, "step")
 
@@ -151,17 +163,33 @@ def note_interrupted(journal: Journal, *, run: str, fit: int, rank: int, step: i
     journal.write("interrupted", run=run, fit=fit, rank=rank, step=step)
 
 
+def note_ended(
+    journal: Journal, *, run: str, fit: int, rank: int, finished: bool, counters: Counters
+) -> None:
+    """A training is over.
+
+    Args:
+        journal: The run's.
+        run: Its id.
+        fit: Which training of the process.
+        rank: Whose record it is.
+        finished: Nobody is to resume it.
+        counters: Of its snapshots; times in seconds.
+    """
+    rounded = {name: round(value, 6) for name, value in vars(counters).items()}
+    journal.write("end", run=run, fit=fit, rank=rank, finished=finished, counters=rounded)
+
+
 def _left_at(journal: Journal, fit: int) -> int | None:
     """Steps that had been done when the last life of a fit left it early; None if unknown."""
     reached = None
-    with contextlib.suppress(MnemoError, OSError):
-        for record in reversed(read(journal.path)):
-            if record.get("fit") != fit:
-                continue
-            if record.get("event") == "start":
-                break
-            if record.get("event") == "interrupted":
-                reached = max(reached or 0, int(record.get("step") or 0))
+    for record in reversed(history(journal)):
+        if record.get("fit") != fit:
+            continue
+        if record.get("event") == "start":
+            break
+        if record.get("event") == "interrupted":
+            reached = max(reached or 0, int(record.get("step") or 0))
     return reached
 
 
@@ -173,11 +201,10 @@ def _cause(journal: Journal) -> str:
 
 def _last_failure(journal: Journal) -> dict[str, Any] | None:
     """The newest failure in the journal that no start has followed."""
-    with contextlib.suppress(MnemoError, OSError):
-        for record in reversed(read(journal.path)):
-            if record.get("event") == "failure":
-                return dict(record)
-            # Ranks that survived it may have written their end behind it.
-            if record.get("event") in ("start", "recovery"):
-                return None
+    for record in reversed(history(journal)):
+        if record.get("event") == "failure":
+            return dict(record)
+        # Ranks that survived it may have written their end behind it.
+        if record.get("event") in ("start", "recovery"):
+            return None
     return None

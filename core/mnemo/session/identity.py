@@ -25,6 +25,9 @@ _SOURCES = ("MNEMO_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 _UNSET = ("", "none")
 """torchrun without ``--rdzv-id`` says ``none``: an id that every such job has is no identity."""
 
+_PLAIN = (bool, int, float, str, tuple)
+"""Types of optimizers' settings that are compared."""
+
 
 @dataclass(frozen=True)
 class RunIdentity:
@@ -90,16 +93,45 @@ def optimizer_fingerprint(optimizers: Iterable[torch.optim.Optimizer]) -> str:
 
     Those of later groups may have been added while training.
     """
-    plain = (bool, int, float, str, tuple)
     described = [
         (
             type(o).__qualname__,
             [len(g["params"]) for g in o.param_groups[:1]],
-            sorted((k, v) for k, v in o.defaults.items() if isinstance(v, plain)),
+            sorted((k, v) for k, v in o.defaults.items() if isinstance(v, _PLAIN)),
         )
         for o in optimizers
     ]
     return fingerprint(repr(described))
+
+
+def group_fingerprints(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, str]:
+    """Of what was set for each group of parameters, by the words in which a change is reported.
+
+    Ask when the optimizers were just made: schedulers and a resume write into the groups. What an
+    optimizer was made with for all of its groups is `optimizer_fingerprint`'s.
+    """
+    made = list(optimizers)
+    return {
+        f"parameter group {i}" + (f" of optimizer {n}" if len(made) > 1 else ""): fingerprint(
+            repr(_set_for(group, optimizer.defaults))
+        )
+        for n, optimizer in enumerate(made)
+        for i, group in enumerate(optimizer.param_groups)
+    }
+
+
+def _set_for(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a group has that its optimizer's defaults do not say."""
+    known = {"initial_lr": defaults.get("lr"), **defaults}
+    now = {name: _plain(value) for name, value in group.items() if name != "params"}
+    return sorted((k, v) for k, v in now.items() if v != _plain(known.get(k)))
+
+
+def _plain(value: Any) -> Any:
+    """A setting that can be compared; of a tensor, its number."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    return value if isinstance(value, _PLAIN) else None
 
 
 def data_fingerprint(loaders: Iterable[Any]) -> str:

@@ -35,7 +35,6 @@ from mnemo.smp.board import Position
 from mnemo.smp.link import Link
 from mnemo.smp.paths import RunPaths
 from mnemo.snapshot.engine import SnapshotEngine
-from mnemo.snapshot.layout import Share
 from mnemo.snapshot.rng import capture_rng
 from mnemo.transport import auth
 from mnemo.transport.local import close_all
@@ -196,6 +195,7 @@ class Keeper:
         """The line that every start prints, and the journal's record of it. Rank 0 only."""
         if self.place.rank != 0:
             return
+        announce.unattended(self.paths)
         start = announce.Start(self.config, self.identity, self.fit, self.place.world_size)
         if restored is None:
             start.fresh(self.journal, damaged=self._finder.damaged, lost=self._recall.lost)
@@ -208,20 +208,17 @@ class Keeper:
             start.resumed(self.journal, resumed, since=self._opened)
 
     def _start_engine(self, fingerprints: dict[str, str]) -> None:
-        place = self.place
-        shard = place.replicas and self.config.snapshot.shard_replicas and place.members > 1
-        share = Share(place.local_rank, place.members) if shard else Share(0, 1)
+        self._share = self.place.share(divide=self.config.snapshot.shard_replicas)
         self._engine = SnapshotEngine(
             self._link,
-            share,
-            rank=place.rank,
+            self._share,
+            rank=self.place.rank,
             secret=self._secret,
             identity=fingerprints,
             drop_on_overrun=self.config.snapshot.overrun is Overrun.drop,
             verify=self.config.snapshot.verify,
             on_event=self.degraded,
         )
-        self._share = share
 
     def reserve(self, size: int) -> None:
         """Make sure, before training, that the buffers for ``size`` bytes of state will fit.
@@ -343,12 +340,6 @@ class Keeper:
         """Process id of the snapshot process."""
         return self._link.smp_pid
 
-    @property
-    def committed_step(self) -> int | None:
-        """Newest step known to be sealed by all ranks of this node."""
-        known = self._engine.committed if self._engine is not None else None
-        return known.step if known is not None else None
-
     def settle(self, timeout_s: float = 60.0) -> bool:
         """Wait until the newest snapshot is sealed or given up."""
         return self._engine is None or self._engine.finish(timeout_s)
@@ -386,13 +377,13 @@ class Keeper:
             self._engine.close()
             counters = self._engine.counters
             self._engine = None
-            self.journal.write(
-                "end",
+            announce.note_ended(
+                self.journal,
                 run=self.identity.run_id,
                 fit=self.fit,
                 rank=self.place.rank,
                 finished=end is not End.INTERRUPTED,
-                counters={k: round(v, 6) for k, v in vars(counters).items()},
+                counters=counters,
             )
         if end is End.FINISHED:
             afterwards.keep(self._link)

@@ -18,6 +18,7 @@ from mnemo.config import ResolvedConfig
 from mnemo.errors import ConfigError
 from mnemo.session.identity import RunIdentity, resolve_identity
 from mnemo.smp.paths import default_parent
+from mnemo.snapshot.layout import Share
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _fits = itertools.count()
@@ -53,6 +54,12 @@ class Place:
     """Collective: smallest and largest of the ranks' values."""
     gather: Callable[[bytes], list[bytes]] = _own
     """Collective: what each rank gave, by rank."""
+
+    def share(self, *, divide: bool) -> Share:
+        """What this rank copies of a state: its part if replicas ``divide`` it, else all."""
+        if divide and self.replicas and self.members > 1:
+            return Share(self.local_rank, self.members)
+        return Share(0, 1)
 
 
 def next_fit() -> int:
@@ -120,7 +127,7 @@ def current_place(
 
 def _machine(run_dir: str) -> bytes:
     """Sixteen bytes that are the same where processes find each other by `run.dir`."""
-    directory = Path(run_dir or default_parent()).absolute()
+    directory = Path(os.path.realpath(run_dir or default_parent()))  # however it is spelled
     there = next(parent for parent in (directory, *directory.parents) if parent.exists())
     try:
         machine = _BOOT_ID.read_text()

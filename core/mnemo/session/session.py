@@ -14,7 +14,12 @@ from mnemo.errors import ModelChangedError
 from mnemo.session import announce, prefetch, report
 from mnemo.session.attributes import AttributeWatch
 from mnemo.session.exactness import first_sum_differs
-from mnemo.session.identity import data_fingerprint, optimizer_fingerprint, script_fingerprint
+from mnemo.session.identity import (
+    data_fingerprint,
+    group_fingerprints,
+    optimizer_fingerprint,
+    script_fingerprint,
+)
 from mnemo.session.keeper import End, Keeper
 from mnemo.session.passes import LoaderPosition
 from mnemo.session.place import current_place, next_fit, shared_identity
@@ -198,6 +203,7 @@ class Session:
             keeper.begin(
                 {
                     "optimizer": optimizer_fingerprint([self._optimizer]),
+                    **group_fingerprints([self._optimizer]),
                     "data": data_fingerprint([loader]),
                     "script": script_fingerprint(),
                 }

@@ -8,11 +8,14 @@ import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from mnemo.errors import ConfigError, SmpError
 
+AGENTS_DIRECTORY: Final = "MNEMO_AGENT_RUN_DIR"
+"""By which `mnemo run` tells its ranks where it looks for the run's SMP."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -59,6 +62,10 @@ class RunPaths:
     def run_id(self) -> str:
         """The run's id."""
         return self.directory.name
+
+    def is_at(self, directory: str | Path) -> bool:
+        """Whether ``directory`` is this one, however either is spelled."""
+        return os.path.realpath(self.directory) == os.path.realpath(directory)
 
     @property
     def socket(self) -> Path:
