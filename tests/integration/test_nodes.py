@@ -6,13 +6,16 @@ import contextlib
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 import torch
 from commands import mnemo
 from nodes_lab import Cluster, until
+from ports import held_port
 
 from mnemo.types import EXIT_STATE_SAVED
 
@@ -40,6 +43,19 @@ def lines(said: str) -> str:
     return "\n".join(line for line in said.splitlines() if "reducer.cpp" not in line)
 
 
+def only_error(said: str) -> str:
+    """The error that all ranks come upon: one of them says it, in one line."""
+    found = [line for line in said.splitlines() if "Error: " in line]
+    assert len(found) == 1, said
+    assert "Traceback" not in said, said
+    return found[0]
+
+
+def unreachable(said: str) -> list[tuple[str, str]]:
+    """Numbers of nodes that cannot reach each other, as they are named."""
+    return sorted(re.findall(r"mnemo: node node-(\d) cannot reach node-(\d) at \S+: ", said))
+
+
 def steps_of(store: Path) -> set[int]:
     return {int(checkpoint.name.removeprefix("step-")) for checkpoint in store.glob("step-*")}
 
@@ -47,16 +63,58 @@ def steps_of(store: Path) -> set[int]:
 def test_several_nodes_want_protection(cluster: Callable[..., Cluster]) -> None:
     made = cluster()
     assert made.codes() == [1, 1]
-    assert (
-        "ConfigError: 2 ranks on 2 nodes: give protect.nodes, such as 1+1, so that what a lost "
-        "node had can come back"
-    ) in made.said[0]
+    assert only_error(made.said[0]).startswith(
+        "mnemo: ConfigError: 2 ranks on 2 nodes: give protect.nodes, such as 1+1, so that what a "
+        "lost node had can come back"
+    )
 
 
-def test_they_want_a_secret_in_common(cluster: Callable[..., Cluster]) -> None:
-    made = cluster(MNEMO_PROTECT__NODES="1+1", MNEMO_SECRET_FILE="")
+@pytest.mark.parametrize("without", [(0, 1), (1,)], ids=["on all nodes", "on one"])
+def test_they_want_a_secret_in_common(
+    cluster: Callable[..., Cluster], without: tuple[int, ...]
+) -> None:
+    made = cluster(MNEMO_PROTECT__NODES="1+1")
+    made.own.update({node: {"MNEMO_SECRET_FILE": ""} for node in without})
     assert made.codes() == [1, 1]
-    assert "the 2 nodes need the same secret: set MNEMO_SECRET_FILE on all of them" in made.said[0]
+    assert re.match(
+        f"mnemo: ConfigError: rank {without[0]}: .* the 2 nodes need the same secret: set "
+        "MNEMO_SECRET_FILE on all of them",
+        only_error(made.said[0]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("MNEMO_NETWORK__INTERFACE", "eth77", "ConfigError: rank 1: .*eth77"),
+        ("MNEMO_NETWORK__PORTS", "{taken}", "ConfigError: rank 1: .*{taken}"),
+    ],
+)
+def test_a_node_that_cannot_listen_is_named(
+    cluster: Callable[..., Cluster], variable: str, value: str, says: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        made = cluster(MNEMO_PROTECT__NODES="1+1")
+        made.own[1] = {variable: value.format(taken=taken)}
+        assert made.codes() == [1, 1]
+        assert re.search(says.format(taken=taken), only_error(made.said[0]))
+
+
+def test_the_port_that_was_given_is_listened_at(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(steps=400, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
+    with held_port() as given:
+        made.own[1] = {"MNEMO_NETWORK__PORTS": str(given)}
+        with made.life():
+            until("a protected step", lambda: made.protected_step() > 0)
+        record = made.paths(1).read_record()
+        assert record is not None
+        ports = {
+            line.laddr.port
+            for line in psutil.Process(record.pid).net_connections("tcp")
+            if line.status == psutil.CONN_LISTEN
+        }
+    assert ports == {given}
 
 
 @pytest.fixture
@@ -77,6 +135,16 @@ def test_another_secret_is_named_and_training_goes_on(
     assert re.search(r"mnemo: node node-1 cannot reach node-0 at \S+: not authenticated", said)
     assert "not the loss of the node" in said
     assert "does not come back" not in said
+
+
+def test_each_pair_of_a_group_that_cannot_reach_each_other_is_named(
+    cluster: Callable[..., Cluster], other_secret: str
+) -> None:
+    """The groups are of nodes 0, 2, 4 and of 1, 3, which have nothing to say to each other."""
+    made = cluster(5, MNEMO_PROTECT__NODES="1+1")
+    made.own[4] = {"MNEMO_SECRET_FILE": other_secret}
+    said = made.run()
+    assert unreachable(said) == [("0", "4"), ("2", "4"), ("4", "0"), ("4", "2")], said
 
 
 def test_fewer_nodes_than_asked_for(cluster: Callable[..., Cluster]) -> None:
@@ -154,8 +222,9 @@ def test_nothing_is_given_up_while_other_nodes_cannot_be_reached(
         r"ProtectionError: what the node of rank 1 had cannot come back now: node node-1 cannot "
         r"reach node-0 at \S+: not authenticated.* start again with the settings that it was "
         r"begun with, when all nodes can reach each other",
-        made.said[1],
+        only_error(made.said[1]),
     )
+    assert unreachable(made.said[1]) == [("0", "1"), ("1", "0")]
     made.lose([], [1])
     del made.own[1]
     assert "resumed from memory at step" in lines(made.run())
@@ -199,8 +268,7 @@ def test_another_number_of_nodes_is_refused(cluster: Callable[..., Cluster]) -> 
     assert made.codes() == [1, 1]
     assert (
         "IdentityError: the snapshot of run cluster is of 3 ranks, this launch has 2"
-        in (made.said[1])
-    )
+    ) in only_error(made.said[1])
     made.nodes, made.settings["MNEMO_PROTECT__NODES"] = 4, "1+1"
     assert made.codes() == [1, 1, 1, 1]
     assert "is of 3 ranks, this launch has 4" in made.said[2]
@@ -243,7 +311,7 @@ def test_other_settings_on_one_node(
     made = cluster(3, MNEMO_PROTECT__NODES="2+1")
     made.own[1] = {variable: value}
     assert made.codes() == [1, 1, 1]
-    assert f"ConfigError: {key} is " in made.said[0]
+    assert f"ConfigError: {key} is " in only_error(made.said[0])
     assert f"on rank 0 and {value} on rank 1: give all ranks the same" in made.said[0]
 
 

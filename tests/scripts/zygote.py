@@ -23,7 +23,6 @@ import socket
 import sys
 import tempfile
 import threading
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,11 @@ def live(request: dict[str, Any], out: int, err: int) -> int:
         code = leaving.code
     except BaseException as error:  # noqa: BLE001 - as the interpreter's own end
         sys.last_type, sys.last_value = type(error), error
-        traceback.print_exc()
         code = 1
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit as leaving:
+            code = leaving.code
     if not isinstance(code, int | None):
         print(code, file=sys.stderr)
         code = 1

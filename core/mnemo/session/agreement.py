@@ -1,14 +1,17 @@
-"""All ranks have to be given the same settings, or they would wait for each other for ever."""
+"""What all ranks have to have in common at the start, and errors that all of them come upon."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Final
 
 import msgspec
 
 from mnemo.config import ResolvedConfig, settings
-from mnemo.errors import ConfigError
+from mnemo.config.uncaught import say_once
+from mnemo.errors import ConfigError, MnemoError
 from mnemo.session.place import Place
 
 _OWN: Final = {
@@ -22,8 +25,23 @@ _OWN: Final = {
 """Settings that each node may have of its own."""
 
 
+@contextlib.contextmanager
+def on_all_ranks(place: Place, *kinds: type[MnemoError]) -> Iterator[None]:
+    """Errors of ``kinds`` that the block raises are raised on all ranks: rank 0 says them.
+
+    Raises:
+        MnemoError: Of ``kinds``, as the block did.
+    """
+    try:
+        yield
+    except kinds as error:
+        if place.world_size > 1:
+            say_once(error, here=place.rank == 0)
+        raise
+
+
 def require_same_settings(config: ResolvedConfig, place: Place) -> None:
-    """Compare all ranks' settings. Collective.
+    """Compare all ranks' settings: with others they would wait for each other. Collective.
 
     Raises:
         ConfigError: On all ranks: two have been given something else.

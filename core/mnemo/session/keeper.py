@@ -19,11 +19,11 @@ import torch
 
 from mnemo import faults
 from mnemo.config import Overrun, ResolvedConfig, Resume
-from mnemo.errors import MnemoError
+from mnemo.errors import ConfigError, IdentityError, MnemoError, ProtectionError, SmpError
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import afterwards, announce, nodes, report
 from mnemo.session.accord import Accord
-from mnemo.session.agreement import require_same_settings
+from mnemo.session.agreement import on_all_ranks, require_same_settings
 from mnemo.session.finder import Finder, Restored, persist_settings
 from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
 from mnemo.session.losses import Losses
@@ -72,6 +72,9 @@ class Keeper:
             fit: How many trainings this process has begun before.
 
         Raises:
+            ConfigError: Settings are not the same on all ranks, or not fit for several nodes.
+            IdentityError: Ranks are on other nodes than before.
+            ProtectionError: What a lost node had cannot come back now, but perhaps later.
             SmpError: No SMP can be had.
             RunInUseError: Another live job has this identity.
         """
@@ -81,9 +84,10 @@ class Keeper:
         self.fit = fit
         self.paths = RunPaths.of(identity.run_id, config.run.dir)
         self.journal = Journal(journal_path(config.run.journal, identity.run_id))
-        require_same_settings(config, place)
+        with on_all_ranks(place, ConfigError, IdentityError, SmpError):
+            require_same_settings(config, place)
+            self._protection = protection = nodes.protection_of(config, place, self.paths)
         self._recall = nodes.Recall(reachable=False, lost=False)
-        self._protection = protection = nodes.protection_of(config, place, self.paths)
         node = "" if protection is None else protection.settings.node
         self._persist = persist = persist_settings(config, node)
         join = m.Join(
@@ -99,7 +103,8 @@ class Keeper:
         )
         if protection is not None:
             give_up = config.run.resume is Resume.never
-            self._recall = nodes.recall(self._link, place, give_up=give_up)
+            with on_all_ranks(place, ProtectionError):
+                self._recall = nodes.recall(self._link, place, give_up=give_up)
         accord = Accord(place, self.degraded) if len(place.leaders) > 1 else None
         self._pace = Pace(
             config.snapshot, place, self._link.board, accord, persist.every_s if persist else None
@@ -139,7 +144,8 @@ class Keeper:
             IdentityError: What is in memory is of another number of ranks, or of nodes that have
                 none in common.
         """
-        return self._finder.find()
+        with on_all_ranks(self.place, IdentityError):
+            return self._finder.find()
 
     def accept(
         self, restored: Restored, model: Mapping[str, torch.Tensor], prefixes: Sequence[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 from rich.console import Console
@@ -13,21 +14,25 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from mnemo.config import ResolvedConfig
 from mnemo.config.kinds import parse_code
 from mnemo.erasure.stripes import Group, make_groups
-from mnemo.errors import ConfigError, ProtectionError
+from mnemo.errors import ConfigError, IdentityError, ProtectionError, SmpError
 from mnemo.session import report
 from mnemo.session.place import Place
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
+from mnemo.smp.client import error_of
 from mnemo.smp.link import Link
 from mnemo.smp.paths import RunPaths
 
 
-class Node(msgspec.Struct, frozen=True):
+class Node(msgspec.Struct, frozen=True, tag=True):
     """What a node tells the others: where it listens, and what it fails together with."""
 
     host: str
     port: int
     domain: str
+
+
+_decode: Final = msgspec.msgpack.Decoder(Node | m.Failure).decode
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ def protection_of(config: ResolvedConfig, place: Place, paths: RunPaths) -> Prot
         ConfigError: There are several nodes and `protect.nodes` is not set, or they have no secret
             in common, or this node cannot be reached as `network` says.
         IdentityError: The ranks are given to the nodes in another order than before.
+        SmpError: A node has no snapshot process. Each of them on all ranks.
     """
     count = len(place.leaders)
     if not config.protect.nodes:
@@ -83,12 +89,6 @@ def protection_of(config: ResolvedConfig, place: Place, paths: RunPaths) -> Prot
                 "against its loss"
             )
         return None
-    if not os.environ.get("MNEMO_SECRET_FILE"):
-        raise ConfigError(
-            f"protect.nodes is {config.protect.nodes}, and the {count} nodes need the same secret: "
-            "set MNEMO_SECRET_FILE on all of them to a file that you made with "
-            "'(umask 077; head -c 32 /dev/urandom > FILE)'"
-        )
     nodes = _exchange(config, place, paths)
     grouping = make_groups(
         {name: node.domain for name, node in nodes.items()}, size=data + parities, parities=parities
@@ -109,16 +109,36 @@ def _name(node: int) -> str:
 
 
 def _exchange(config: ResolvedConfig, place: Place, paths: RunPaths) -> dict[str, Node]:
-    """What all nodes tell, by name."""
+    """What all nodes tell, by name.
+
+    Raises:
+        ConfigError, IdentityError, SmpError: On all ranks: one of them cannot take part.
+    """
+    try:
+        mine: Node | m.Failure = _listen(config, place, paths)
+    except (ConfigError, IdentityError, SmpError) as error:
+        mine = m.Failure(type(error).__name__, f"rank {place.rank}: {error}")
+    told = list(map(_decode, place.gather(msgspec.msgpack.encode(mine))))
+    for word in told:
+        if isinstance(word, m.Failure):
+            raise error_of(word)
+    nodes = {_name(i): told[leader] for i, leader in enumerate(place.leaders)}
+    return {name: node for name, node in nodes.items() if isinstance(node, Node)}
+
+
+def _listen(config: ResolvedConfig, place: Place, paths: RunPaths) -> Node:
+    """Have this node's snapshot process listen; see `protection_of` for what it raises."""
+    if not os.environ.get("MNEMO_SECRET_FILE"):
+        raise ConfigError(
+            f"protect.nodes is {config.protect.nodes}, and the {len(place.leaders)} nodes need the "
+            "same secret: set MNEMO_SECRET_FILE on all of them to a file that you made with "
+            "'(umask 077; head -c 32 /dev/urandom > FILE)'"
+        )
     with lifecycle.ensure(paths) as client:
         network = config.network
         request = m.Listen(_name(place.node), network.interface, network.ports)
         at, _ = client.ask(request, m.Listening)
-    told = place.gather(msgspec.msgpack.encode(Node(at.host, at.port, config.protect.domain)))
-    return {
-        _name(i): msgspec.msgpack.decode(told[leader], type=Node)
-        for i, leader in enumerate(place.leaders)
-    }
+    return Node(at.host, at.port, config.protect.domain)
 
 
 def recall(link: Link, place: Place, *, give_up: bool) -> Recall:

@@ -170,13 +170,14 @@ def _receive(channel: BlockingChannel, kind: type[R]) -> R:
 def _expect(data: bytes, kind: type[R]) -> R:
     reply = m.decode_reply(data)
     if isinstance(reply, m.Failure):
-        raise _error(reply)
+        raise error_of(reply)
     if not isinstance(reply, kind):
         raise ProtocolError(f"{type(reply).__name__} where {kind.__name__} was expected")
     return reply
 
 
-def _error(failure: m.Failure) -> MnemoError:
+def error_of(failure: m.Failure) -> MnemoError:
+    """The error that ``failure`` tells of."""
     kind = getattr(errors, failure.kind, SmpError)
     if not (isinstance(kind, type) and issubclass(kind, MnemoError)):
         kind = SmpError

@@ -154,17 +154,20 @@ class Protection:
             self._protector.start()
 
     async def recall(self, kept: Callable[[], bool]) -> Recalled:
-        """Have what the others keep of this node brought back; where that is after a moment.
+        """Try to reach the others, and have what they keep of this node brought back.
 
         Args:
             kept: Whether there is anything here; then nothing is missing.
+
+        Returns:
+            Where that is after a moment.
         """
-        if self._recall is None and not self._takes_part and not kept():
-            self._recall = asyncio.get_running_loop().create_task(self._rebuild())
-        if self._recall is not None:
-            await asyncio.wait({self._recall}, timeout=_MOMENT_S)
+        if self._recall is None:
+            missing = not self._takes_part and not kept()
+            self._recall = asyncio.get_running_loop().create_task(self._look(missing=missing))
+        await asyncio.wait({self._recall}, timeout=_MOMENT_S)
         progress = self._protector.progress
-        if self._recall is not None and not self._recall.done():
+        if not self._recall.done():
             return Recalled(over=False, done=progress.done, total=progress.total)
         # Who asks again tries again: what could not be reached may be there by then.
         self._recall = None
@@ -177,8 +180,12 @@ class Protection:
             unreachable=self._unreachable,
         )
 
-    async def _rebuild(self) -> None:
+    async def _look(self, *, missing: bool) -> None:
         self._unreachable = tuple(map(str, await self._neighbours.find_unreachable()))
+        if missing:
+            await self._rebuild()
+
+    async def _rebuild(self) -> None:
         try:
             found = await self._protector.rebuild()
         except MnemoError as error:
