@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import xxhash
 
 from mnemo.errors import MnemoError
@@ -209,3 +210,20 @@ def memory_of(pid: int) -> int:
                     seen.add(found.st_ino)
                     total += found.st_blocks * 512
     return total
+
+
+@contextlib.contextmanager
+def memory_group(limit: int) -> Iterator[Path]:
+    """A memory cgroup (version 1) of ``limit`` bytes; skips where none can be made."""
+    group = Path("/sys/fs/cgroup/memory") / f"mnemo-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"no memory cgroup (version 1) can be made here: {error}")
+    try:
+        yield group
+    finally:
+        group.rmdir()

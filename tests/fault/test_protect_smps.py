@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import smp_lab as lab
 from ports import held_port
+from smp_lab import memory_group
 
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
@@ -200,6 +202,35 @@ def test_a_snapshot_process_that_dies_alone_takes_part_again(position: int, tmp_
         smps[1].kill()
         all_join(smps[1:2])
         assert smps[1].ranks[0].newest() == (3, {i: lab.content(i, 3) for i in range(RANKS)})
+
+
+@pytest.mark.usefixtures("secret_file")
+def test_what_does_not_fit_where_it_comes_back_voids_nothing(tmp_path: Path) -> None:
+    """Where there is room it comes back, in the same process."""
+    size = 16 << 20
+    with memory_group(40 << 20) as memory, group_of(3, 1, tmp_path) as smps:
+        all_join(smps)
+        for smp in smps:
+            smp.write(1, size)
+        all_protect(smps, 10)
+        smps[1].kill()
+        smps[1].join()
+        pid = smps[1].ranks[0].client.pid
+        (memory / "cgroup.procs").write_text(str(pid))
+        for _ in range(2):
+            found = smps[1].recall()
+            assert re.fullmatch(
+                r"\d+ bytes for lost segments do not fit: the container has \d+ of 41943040 left",
+                found.failure,
+            )
+            assert (found.kept, found.lost, found.unreachable) == (False, False, ())
+        assert lab.memory_of(pid) < 20 << 20, "parities at most"
+        assert {smps[i].status()["step"] for i in (0, 2)} == {10}
+        (memory / "memory.limit_in_bytes").write_text(str(400 << 20))
+        assert smps[1].recall().kept
+        expected = {i: lab.content(i, 1, size) for i in range(RANKS)}
+        assert smps[1].ranks[0].newest() == (1, expected)
+        smps[1].kill()
 
 
 @pytest.mark.usefixtures("secret_file")

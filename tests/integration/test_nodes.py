@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 @pytest.fixture
 def cluster(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     """Makes a cluster of ``nodes`` nodes with one rank each, and settings by variable."""
+    numbers = itertools.count()
     with contextlib.ExitStack() as stack:
 
         def make(nodes: int = 2, *, steps: int = 20, ranks: int = 1, **settings: str) -> Cluster:
-            made = Cluster(zygote, tmp_path / "cluster", nodes, ranks, steps, settings)
+            directory = tmp_path / f"cluster-{next(numbers)}"
+            made = Cluster(zygote, directory, nodes, ranks, steps, settings)
             stack.callback(made.close)
             return made
 
@@ -192,6 +195,25 @@ def test_lightning_goes_on_with_a_replaced_node(cluster: Callable[..., Cluster])
     assert resumed
     assert int(resumed[1]) > 5
     assert sorted(made.losses(0)) == sorted(made.losses(1)) == list(range(1, 121))
+
+
+def test_sigterm_on_all_nodes_in_a_validation_loses_nothing(
+    cluster: Callable[..., Cluster],
+) -> None:
+    settings = {
+        "MNEMO_PROTECT__NODES": "1+1",
+        "MNEMO_SNAPSHOT__EVERY": "7",
+        "TORCHELASTIC_RUN_ID": "cluster",
+    }
+    undisturbed, stopped = (cluster(steps=40, **settings) for _ in range(2))
+    undisturbed.script = stopped.script = "nodes_lightning.py"
+    undisturbed.run()
+    stopped.settings["STOP_AT"] = "20"
+    assert stopped.codes() == [EXIT_STATE_SAVED] * 2, stopped.said[-1]
+    [done] = {max(stopped.losses(rank)) for rank in range(2)}
+    assert 20 <= done <= 25, "they agree on the end within some steps"
+    assert f"resumed from memory at step {done}, 0 steps lost" in stopped.run()
+    assert stopped.outcome() == undisturbed.outcome()
 
 
 @pytest.mark.parametrize("node", [0, 1])

@@ -1,10 +1,15 @@
-"""As `nodes_train`, by Lightning under torchrun's environment, on nodes with one rank each."""
+"""As `nodes_train`, by Lightning under torchrun's environment, on nodes with one rank each.
+
+It validates every ten steps. With STOP_AT in the environment each rank asks itself to stop in the
+middle of the validation after that step, once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import os
+import signal
 from pathlib import Path
 
 import lightning as L
@@ -27,6 +32,16 @@ class Module(L.LightningModule):
         with self._losses.open("a") as losses:
             losses.write(f"{self.global_step + 1} {loss.item().hex()}\n")
         return loss
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.log("loss", self.net(batch[0]).square().mean(), sync_dist=True)
+        stopped = self._losses.with_name(f"stopped-{self.global_rank}")
+        if str(self.global_step) == os.environ.get("STOP_AT") and batch_idx == 2:
+            try:
+                stopped.touch(exist_ok=False)
+            except FileExistsError:
+                return
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -52,9 +67,12 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=words.out,
+        val_check_interval=10,
+        num_sanity_val_steps=0,
         callbacks=[MnemoCallback()],
     )
-    trainer.fit(module, DataLoader(data, batch_size=4, shuffle=True))
+    validation = DataLoader(TensorDataset(torch.randn(5 * 4 * nodes, 64)), batch_size=4)
+    trainer.fit(module, DataLoader(data, batch_size=4, shuffle=True), validation)
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():
         digest.update(tensor.numpy().tobytes())

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from smp_lab import memory_group
 
 from mnemo.smp import memory
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-V1 = Path("/sys/fs/cgroup/memory")
-
-
-@contextlib.contextmanager
-def memory_group(limit: int) -> Iterator[Path]:
-    """A memory cgroup (version 1) of ``limit`` bytes; skips where none can be made."""
-    group = V1 / f"mnemo-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(limit))
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            group.rmdir()
-        pytest.skip(f"no memory cgroup (version 1) can be made here: {error}")
-    try:
-        yield group
-    finally:
-        group.rmdir()
 
 
 def in_group(group: Path, code: str) -> str:

@@ -178,11 +178,13 @@ def recall(link: Link, place: Place, *, give_up: bool) -> Recall:
     for rank, answer in failures.items():
         if anything and not answer.lost and not give_up:
             link.leave(finished=False)
-            why = answer.unreachable[0] if answer.unreachable else answer.failure
+            why, when = answer.failure, "when that is mended"
+            if answer.unreachable:
+                why, when = answer.unreachable[0], "when all nodes can reach each other"
             raise ProtectionError(
                 f"what the node of rank {rank} had cannot come back now: {why}. Other nodes keep "
-                "their state: start again with the settings that it was begun with, when all nodes "
-                "can reach each other; or set run.resume=never to give it up"
+                f"their state: start again with the settings that it was begun with, {when}; or "
+                "set run.resume=never to give it up"
             )
     return Recall(not unreachable, any(answer.lost for answer in failures.values()))
 
