@@ -16,7 +16,8 @@ import psutil
 import xxhash
 
 from mnemo.erasure.stripes import Group
-from mnemo.protect import Neighbours, Piece, Protector, Shard
+from mnemo.protect import Neighbours, Piece, Protector, Shard, member
+from mnemo.protect.member import WORTH
 from mnemo.protect.messages import Ask, Message, Opening
 from mnemo.protect.streams import Incoming
 from mnemo.smp import segment
@@ -100,10 +101,12 @@ class Memory:
 class Node:
     """A node, as its parent sees it."""
 
-    def __init__(self, position: int, n: int, m: int, rate: float | None) -> None:
+    def __init__(
+        self, position: int, n: int, m: int, rate: float | None, worth: float = WORTH
+    ) -> None:
         self.name = f"node{position}"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.group", json.dumps([position, n, m, rate])],
+            [sys.executable, "-m", "benchmarks.group", json.dumps([position, n, m, rate, worth])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=Path(__file__).parents[1],
@@ -144,11 +147,14 @@ class Node:
 
 
 @contextlib.contextmanager
-def group_of(n: int, m: int, *, rate: float | None) -> Iterator[list[Node]]:
-    """Nodes that protect each other; nodes of the list may be replaced."""
+def group_of(n: int, m: int, *, rate: float | None, worth: float = WORTH) -> Iterator[list[Node]]:
+    """Nodes that protect each other; nodes of the list may be replaced.
+
+    Differences travel where at least a share of ``worth`` did not change.
+    """
     nodes: list[Node] = []
     try:
-        nodes += [Node(position, n, m, rate) for position in range(n)]
+        nodes += [Node(position, n, m, rate, worth) for position in range(n)]
         introduce(nodes)
         everybody(nodes, "start")
         yield nodes
@@ -238,7 +244,8 @@ class _Served:
         return None
 
 
-async def _main(position: int, n: int, m: int, rate: float | None) -> None:
+async def _main(position: int, n: int, m: int, rate: float | None, worth: float) -> None:
+    member.WORTH = worth  # type: ignore[misc]
     served = _Served(position, n, m, rate)
     print(json.dumps(served.neighbours.address), flush=True)
     lines = asyncio.StreamReader()
