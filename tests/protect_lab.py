@@ -19,7 +19,9 @@ from mnemo.erasure.stripes import Group
 from mnemo.errors import HostMemoryError, IntegrityError
 from mnemo.protect import Neighbours, Piece, Protector, Shard
 from mnemo.smp import segment
+from mnemo.transport import frames, handshake
 from mnemo.transport.address import Address, listen
+from mnemo.transport.frames import PROTOCOL
 from mnemo.transport.handshake import Identity
 from mnemo.transport.peer import Rules
 from mnemo.types import GenerationState
@@ -315,6 +317,8 @@ async def _do(node: Node, do: str, given: dict[str, Any]) -> Any:
     elif do == "rebuild":
         found = await node.protector.rebuild()
         return None if found is None else found.tick
+    elif do == "reach":
+        return list(map(str, await node.neighbours.find_unreachable()))
     elif do == "hashes":
         return node.memory.hashes(given["tick"])
     elif do == "status":
@@ -324,7 +328,10 @@ async def _do(node: Node, do: str, given: dict[str, Any]) -> Any:
     return None
 
 
-async def _main(position: int, number: int, parities: int, **options: Any) -> None:
+async def _main(
+    position: int, number: int, parities: int, protocol: int = PROTOCOL, **options: Any
+) -> None:
+    frames.PROTOCOL = handshake.PROTOCOL = protocol  # type: ignore[misc]
     group = Group(names(number), parities)
     node = Node(group.nodes[position], group, **options)
     print(json.dumps({"address": node.neighbours.address}), flush=True)

@@ -225,6 +225,42 @@ def test_a_leader_of_another_group_is_not_obeyed(seed: int) -> None:
     run(main())
 
 
+def test_a_member_of_another_version_is_named_and_voids_nothing(seed: int) -> None:
+    """A node on which another mnemo is installed; each says so, and what to do."""
+
+    def commit(tick: int) -> None:
+        sizes = {str(node.position): [50_000] for node in nodes}
+        lab.everybody(nodes, "commit", tick=tick, sizes=sizes, seed=seed)
+
+    with lab.processes(3, 1) as nodes:
+        lab.everybody(nodes, "start")
+        commit(1)
+        lab.everybody(nodes, "protected", tick=1)
+        hashes = nodes[2].ask("hashes", tick=1)
+
+        nodes[2].kill()
+        nodes[2] = lab.NodeProcess(2, 3, 1, protocol=2)
+        lab.introduce(nodes)
+        for node, theirs, ours in ((nodes[0], 2, 1), (nodes[1], 2, 1), (nodes[2], 1, 2)):
+            told = [line for line in node.ask("reach") if "version" in line]
+            assert len(told) == (2 if node is nodes[2] else 1)
+            for line in told:
+                assert line.endswith(
+                    f"speaks protocol version {theirs}, this node version {ours}: install the same "
+                    "version of mnemo on all nodes"
+                )
+        with pytest.raises(RuntimeError, match="ShardsLostError"):
+            nodes[2].ask("rebuild")
+        for node in nodes[:2]:
+            assert node.ask("status")["tick"] == 1
+
+        nodes[2].kill()
+        nodes[2] = lab.NodeProcess(2, 3, 1)
+        lab.introduce(nodes)
+        assert nodes[2].ask("rebuild") == 1
+        assert nodes[2].ask("hashes", tick=1) == hashes
+
+
 def test_a_member_that_says_it_has_what_it_has_not(seed: int) -> None:
     async def main() -> None:
         async with lab.group_of(3, 1) as nodes:
