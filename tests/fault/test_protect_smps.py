@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ class Smp:
     def __init__(self, directory: Path, settings: m.ProtectSettings) -> None:
         self.paths = RunPaths.of("lab", str(directory / settings.node))
         self._settings = settings
+        self.address = settings.addresses[settings.node]
         self.ranks: list[lab.Rank] = []
         self._board = -1
 
@@ -231,6 +233,32 @@ def test_what_does_not_fit_where_it_comes_back_voids_nothing(tmp_path: Path) -> 
         expected = {i: lab.content(i, 1, size) for i in range(RANKS)}
         assert smps[1].ranks[0].newest() == (1, expected)
         smps[1].kill()
+
+
+NOISE = {
+    "nothing": b"",
+    "garbage": bytes(range(256)) * 8,
+    "a truncated frame": b"mnmo\1\0\1\0\x40\0\0\0" + bytes(8) + b"\x81",
+    "an oversized frame": b"mnmo\1\0\1\0\xff\xff\xff\xff" + b"\xff" * 8,
+    "no handshake": b"mnmo\1\0\2\0\1\0\0\0" + bytes(8) + b"\xc0" + bytes(32),
+}
+
+
+@pytest.mark.usefixtures("secret_file")
+def test_strangers_cost_a_snapshot_process_nothing(tmp_path: Path) -> None:
+    with group_of(3, 1, tmp_path) as smps, contextlib.ExitStack() as stack:
+        all_join(smps)
+        pids = [smp.ranks[0].client.pid for smp in smps]
+        for tick in (1, 2, 3):
+            for smp in smps:
+                smp.write(tick)
+            for smp in smps:
+                for noise in NOISE.values():
+                    stranger = stack.enter_context(socket.create_connection(smp.address))
+                    stranger.sendall(noise)
+            all_protect(smps, 10 * tick)
+        assert [smp.ranks[0].client.pid for smp in smps] == pids
+        assert all(smp.status()["failure"] == "" for smp in smps)
 
 
 @pytest.mark.usefixtures("secret_file")

@@ -252,6 +252,21 @@ def test_nothing_is_given_up_while_other_nodes_cannot_be_reached(
     assert "resumed from memory at step" in lines(made.run())
 
 
+@pytest.mark.parametrize("skews", [(0, -86_400), (86_400, 0)], ids=["behind", "ahead"])
+def test_clocks_that_differ_by_a_day_change_nothing(
+    cluster: Callable[..., Cluster], skews: tuple[int, int]
+) -> None:
+    made = cluster(steps=400, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
+    made.own.update({node: {"SKEW": str(skew)} for node, skew in enumerate(skews)})
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 0)
+        made.lose(ranks, [1])
+    del made.own[0]  # and one that is set right meanwhile
+    resumed = re.search(r"resumed from memory at step \d+.*", made.run())
+    assert resumed
+    assert not re.search(r"-\d", resumed[0]), "a negative time"
+
+
 def test_another_code_from_one_life_to_the_next(cluster: Callable[..., Cluster]) -> None:
     made = cluster(4, steps=400, MNEMO_PROTECT__NODES="3+1", MNEMO_SNAPSHOT__EVERY="1")
     with made.life() as ranks:

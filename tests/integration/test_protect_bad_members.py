@@ -181,6 +181,25 @@ def test_a_member_that_sends_wrongly_voids_the_attempt_alone(
     run(main())
 
 
+def test_a_fragment_offered_a_second_time_is_refused(seed: int) -> None:
+    async def main() -> None:
+        async with lab.group_of(4, 2, bytes_per_s=1e5) as nodes:
+            for node in nodes:
+                node.commit(1, [500_000], seed)
+            while not all(node.neighbours.sent for node in nodes):
+                await asyncio.sleep(0.01)
+            async with known_as("node2", nodes) as somebody:
+                refusal = await answer_to(somebody, "node0", Offer(0, 0, 0, 0))
+            assert isinstance(refusal, Refused)
+            assert refusal.why.startswith("node2 offers fragment 0 of stripe 0 a second time")
+            for node in nodes:
+                node.neighbours.rate.change(float("inf"))
+            await lab.all_protected(nodes, 1)
+            assert {node.protector.standing.epoch for node in nodes} == {0}
+
+    run(main())
+
+
 def test_a_member_that_lies_about_its_size_is_refused_its_memory(seed: int) -> None:
     """Its shard would need more parity memory than the others can have."""
 

@@ -169,6 +169,30 @@ def test_more_losses_than_parities_are_named(seed: int) -> None:
     run(main())
 
 
+def test_generations_of_one_number_are_not_mixed(seed: int) -> None:
+    """Nodes of two groups that have the same names, and keep the same epoch of other bytes."""
+
+    async def main() -> None:
+        async with lab.group_of(4, 2) as nodes, lab.group_of(4, 2) as others:
+            for number, group in enumerate((nodes, others)):
+                for node in group:
+                    node.commit(1, [100_000], seed + number)
+                await lab.all_protected(group, 1)
+            before = nodes[3].memory.hashes(1)
+            await nodes[1].close()
+            nodes[1] = others.pop(1)
+            replacement = await lab.replace(nodes, 3)
+            assert await replacement.protector.rebuild() is not None
+            assert replacement.memory.hashes(1) == before
+
+            await lab.replace(nodes, 2)
+            replacement = await lab.replace(nodes, 3)
+            with pytest.raises(ShardsLostError, match=r"3 of 4 nodes lost .*: node1, node2, node3"):
+                await replacement.protector.rebuild()
+
+    run(main())
+
+
 def test_a_damaged_fragment_counts_as_missing(seed: int) -> None:
     """With two parities a lost node comes back past one damaged; with two damaged it does not."""
 

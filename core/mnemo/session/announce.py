@@ -84,7 +84,8 @@ class Start:
             since: Unix seconds from which to count where no failure was recorded.
         """
         failure = _last_failure(journal)
-        took = time.time() - (failure["time"] if failure else since)
+        # Whoever recorded the failure may have another clock.
+        took = max(0.0, time.time() - (failure["time"] if failure else since))
         cause = _cause(journal) or "an earlier life ended"
         reached = _left_at(journal, self.fit)
         if reached is not None and reached >= resumed.step:

@@ -159,11 +159,13 @@ def recall(link: Link, place: Place, *, give_up: bool) -> Recall:
     mine: m.Recalled | None = None
     if place.local_rank == 0:
         with _progress() as progress:
-            bar = progress.add_task(f"rank {place.rank}: what this node had comes back", total=None)
+            words = f"rank {place.rank}: what this node had comes back"
+            bar = progress.add_task(words, visible=False)
             while mine is None or not mine.over:
                 mine, _ = link.ask(m.Recall(), m.Recalled)
-                progress.update(bar, completed=mine.done, total=mine.total or None)
-                progress.tasks[0].visible = mine.total > 0
+                if mine.total:
+                    progress.update(bar, completed=mine.done, total=mine.total, visible=True)
+                    progress.refresh()
     told = place.gather(msgspec.msgpack.encode(mine or m.Recalled(over=True)))
     answers = [msgspec.msgpack.decode(answer, type=m.Recalled) for answer in told]
     anything = any(answer.kept for answer in answers)
