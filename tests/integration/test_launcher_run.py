@@ -100,6 +100,30 @@ print(*sys.argv[1:], *(os.environ.get(f"MNEMO_{k}") for k in
     assert "OMP_NUM_THREADS" not in ended.err
 
 
+def test_the_port_of_a_life_is_rank_0s_alone(tmp_path: Path, script: Any) -> None:
+    """Also while it does not listen there yet."""
+    name = script("""
+import errno, socket, torch.distributed as dist
+port = int(os.environ["MASTER_PORT"])
+with socket.socket() as other:
+    try:
+        other.bind(("", port))
+    except OSError as error:
+        print(errno.errorcode[error.errno], flush=True)
+store = dist.TCPStore("127.0.0.1", port, is_master=True)
+store.set("port", str(port))
+print(store.get("port").decode(), flush=True)
+if not life:
+    os.kill(os.getpid(), signal.SIGKILL)
+""")
+    ended = launch(name, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    taken, port, again, other = ended.out.split()
+    assert taken == again == "EADDRINUSE"
+    assert port.isdecimal()
+    assert other.isdecimal()
+
+
 def test_torchruns_variables_stand_in_for_flags(tmp_path: Path, script: Any) -> None:
     name = script("print(os.environ['WORLD_SIZE'])")
     ended = launch(name, cwd=tmp_path, PET_NPROC_PER_NODE="3", OMP_NUM_THREADS="2")

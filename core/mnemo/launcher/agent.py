@@ -20,7 +20,7 @@ from mnemo.errors import CrashLoopError, LaunchError
 from mnemo.launcher.cause import OomWatch, describe, is_refusal
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
 from mnemo.launcher.restarts import CRASH_LOOP, Ended, Failed, Position, RestartPolicy, judge
-from mnemo.launcher.worker import Worker, free_port, rank_environ
+from mnemo.launcher.worker import Worker, hold_port, rank_environ
 from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
@@ -76,10 +76,17 @@ class _Life:
         self.number = number
         self.log_dir = log_dir
         self.workers: list[Worker] = []
+        self._port = hold_port()
         self.exits: dict[int, int] = {}
         """Exit code by rank, in the order noticed."""
         self.noticed: dict[int, float] = {}
         """Seconds since the Unix epoch at which each exit was noticed."""
+
+    @property
+    def port(self) -> int:
+        """Where rank 0 can listen; nobody else can until `close`."""
+        number: int = self._port.getsockname()[1]
+        return number
 
     def kill(self) -> None:
         """Kill the ranks that still run."""
@@ -90,6 +97,7 @@ class _Life:
         """Take the last of the output; nobody writes any more."""
         for worker in self.workers:
             worker.close()
+        self._port.close()
 
 
 class Agent:
@@ -221,7 +229,7 @@ class Agent:
 
     def _start(self, life: _Life) -> None:
         options = self._options
-        port = options.master_port or free_port()
+        port = options.master_port or life.port
         for rank in range(options.ranks):
             environ = rank_environ(
                 options, os.environ, rank=rank, restarts=self._restarts, port=port

@@ -30,12 +30,17 @@ _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def hold_port() -> socket.socket:
+    """A socket at a TCP port that is given to nobody else as long as it is open.
+
+    It does not listen; who asks for that very port with SO_REUSEADDR, as torch's store does,
+    listens there. Rank 0 only does so after seconds of imports, when a port that was merely free
+    may be another program's.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("", 0))
+    return holder
 
 
 def rank_environ(
