@@ -59,12 +59,12 @@ class Boundaries:
 
     def install(self, hooks: loops.LoopHooks) -> None:
         """Follow Lightning's loops."""
-        loop = self._trainer.fit_loop
-        hooks.around(loop, "on_advance_end", self._around_epoch_end)
-        hooks.around(loop.epoch_loop, "on_run_start", self._around_run_start)
-        hooks.around(loop.epoch_loop, "on_advance_end", self._batch_done)
+        loop, apart = self._trainer.fit_loop, self._resume.searches.apart
+        hooks.around(loop, "on_advance_end", apart(self._around_epoch_end))
+        hooks.around(loop.epoch_loop, "on_run_start", apart(self._around_run_start))
+        hooks.around(loop.epoch_loop, "on_advance_end", apart(self._batch_done))
         if writes_early(self._trainer):
-            hooks.around(loop.epoch_loop, "advance", self._around_advance)
+            hooks.around(loop.epoch_loop, "advance", apart(self._around_advance))
 
     def undo(self) -> None:
         """The fit is over."""
@@ -177,5 +177,6 @@ class Boundaries:
             "metrics": capture_metrics(trainer, modules),
             "extras": self._extras.state(modules),
             "outputs": self._outputs.state(),
+            "searches": self._resume.searches.state(),
             "validation_pending": validation_pending,
         }

@@ -20,6 +20,7 @@ from lightning_mnemo.checks import require_supported, what_is_off
 from lightning_mnemo.identity import fingerprints
 from lightning_mnemo.loops import LoopHooks
 from lightning_mnemo.resume import Resume
+from lightning_mnemo.searches import only_searches
 from lightning_mnemo.signals import StopSignals
 from mnemo import faults
 from mnemo.config import load_config
@@ -80,6 +81,8 @@ class MnemoCallback(pl.Callback):
             prefetch.drop()
             return
         require_supported(trainer, MnemoCallback)
+        if only_searches(trainer):  # what was read ahead is the next fit's
+            return
         self._done = False
         replicas = isinstance(trainer.strategy, DDPStrategy)
         place = current_place(self._config, replicas=replicas, device=trainer.strategy.root_device)

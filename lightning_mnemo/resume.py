@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import LearningRateFinder, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from lightning_mnemo import loops
 from lightning_mnemo.checks import optimizers_differ
@@ -17,6 +16,7 @@ from lightning_mnemo.data import DataPosition
 from lightning_mnemo.extras import Extras
 from lightning_mnemo.metrics import restore_metrics
 from lightning_mnemo.outputs import Outputs
+from lightning_mnemo.searches import Searches
 from mnemo.session.announce import Start
 from mnemo.session.exactness import first_sum_differs
 from mnemo.session.finder import Restored
@@ -25,9 +25,6 @@ from mnemo.session.keeper import Keeper
 from mnemo.session.report import say
 from mnemo.snapshot.listing import keep_types
 from mnemo.snapshot.rng import restore_rng
-
-_TUNERS = (".lr_find_", ".scale_batch_size_")
-"""How the files begin in which Lightning's searches keep where they began."""
 
 
 class Resume:
@@ -52,6 +49,8 @@ class Resume:
         self._trainer = trainer
         self._keeper = keeper
         self._order_unchecked = False
+        self._making_loaders = False
+        """Those for training: a search makes the ones for validation in mid-training, too."""
         self.restored = restored
         """What is to be gone on from; None once that is done."""
         self.lightnings: tuple[str, int] | None = None
@@ -60,8 +59,10 @@ class Resume:
         """Fingerprints of the optimizers' groups as the program made them."""
         self.data = DataPosition(trainer, seed_samples=seed_samples)
         self.outputs = Outputs(trainer)
+        self.searches = Searches(trainer, keeper)
         if restored is not None:
             self.data.resume_from(restored.state["data"])
+            self.searches.resume_from(restored.state["searches"])
             self.outputs.let_rewrite()
 
     def install(self, hooks: loops.LoopHooks) -> None:
@@ -71,32 +72,26 @@ class Resume:
         hooks.around(trainer.strategy, "setup_optimizers", self._around_setup_optimizers)
         hooks.around(trainer.strategy, "load_optimizer_state_dict", self._around_load_optimizers)
         hooks.around(trainer.fit_loop, "setup_data", self._around_setup_data)
-        hooks.around(trainer._checkpoint_connector, "resume_start", self._around_resume_start)
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, LearningRateFinder):
-                hooks.around(callback, "on_fit_start", self._around_search)
-
-    def _around_search(
-        self, trainer: pl.Trainer, original: Callable[..., None], *args: Any, **named: Any
-    ) -> None:
-        """A search trains, and then restores a checkpoint of its own: that is no start of a fit."""
-        if self.restored is None:
-            original(*args, **named)
-        elif trainer.is_global_zero:
-            say("the learning rate is not searched again: the run goes on with the one it had")
+        # A search goes back to where it began by a checkpoint of its own: no start of a fit.
+        resume_start = self.searches.apart(self._around_resume_start)
+        hooks.around(trainer._checkpoint_connector, "resume_start", resume_start)
+        self.searches.install(hooks)
 
     def _around_process_dataloader(
         self, trainer: pl.Trainer, original: Callable[[Any], Any], loader: Any
     ) -> Any:
         loader = original(loader)
-        return self.data.adopt(loader) if trainer.training else loader
+        return self.data.adopt(loader) if self._making_loaders else loader
 
     def _around_setup_data(self, trainer: pl.Trainer, original: Callable[[], None]) -> None:
         if trainer.fit_loop._combined_loader is None or trainer.fit_loop._should_reload_train_dl:
             self.data.reset()
-        with loops.as_of_epoch(trainer, self.data.loaded_in_epoch):
-            original()
+        self._making_loaders = True
+        try:
+            with loops.as_of_epoch(trainer, self.data.loaded_in_epoch):
+                original()
+        finally:
+            self._making_loaders = False
 
     def _around_setup_optimizers(
         self, trainer: pl.Trainer, original: Callable[..., None], *args: Any, **named: Any
@@ -155,8 +150,6 @@ class Resume:
         One that the user named does, unless it was for the start that an agent now repeats. One
         that Lightning found by itself does if it is newer.
         """
-        if Path(path).name.startswith(_TUNERS):
-            return  # that goes back to where it began: the snapshot, if there is one
         step = self._trainer._checkpoint_connector._loaded_checkpoint["global_step"]
         restored = self.restored
         if restored is not None:
@@ -172,12 +165,14 @@ class Resume:
         self.restored = None
         self.lightnings = (path, step)
         self.data.forget()
+        self.searches.forget()
 
     def go_on(self, fetcher: Any, extras: Extras) -> Restored | None:
         """The iterator of an epoch is there, nothing fetched: be where the snapshot was."""
         restored, self.restored = self.restored, None
         if restored is None:
             return None
+        self.searches.forget()
         trainer, data, state = self._trainer, self.data, restored.state
         loops.restore_progress(trainer, state["checkpoint"]["loops"])
         loops.end_restart(trainer)

@@ -20,7 +20,6 @@ OPTIMIZATION: dict[str, tuple[str, ...]] = {
     "groups": ("forward:3", "mid_copy:9"),
     "lora": ("forward:3", "mid_copy:9"),
     "layer_schedule": ("forward:3", "mid_copy:9", "validation:16"),
-    "lr_search": ("forward:11", "mid_copy:15"),
     "unsaved": ("forward:3", "validation:8", "mid_copy:13"),
     "metrics": ("forward:3", "between:7", "validation:12", "mid_copy:17"),
     "max_steps": ("validation:8", "between:10", "forward:10"),
@@ -70,6 +69,13 @@ WRITERS_MORE = {
     "clipping": ("forward:3", "mid_copy:9", "forward:17"),
 }
 
+SEARCHES = {
+    "lr_search": ("search:4", "forward:11", "mid_copy:15"),
+    "lr_search_later": ("forward:8", "forward:13"),
+    "lr_tuned": ("search:4", "forward:11"),
+    "batch_search": ("search:1", "forward:11", "mid_copy:15"),
+}
+
 
 def cases(*tables: dict[str, tuple[str, ...]], campaign: bool = False) -> list[Any]:
     marks = [pytest.mark.campaign] if campaign else []
@@ -98,6 +104,22 @@ def test_killed_run_is_identical(
     assert [s["resumed"] for s in starts] == [False] + [True] * len(kills)
     assert all(s["exact"] for s in starts[1:])
     assert all(s["steps_lost"] <= 2 for s in starts[1:])  # two optimizers count two a batch
+
+
+@pytest.mark.parametrize(("case", "kills"), cases(SEARCHES))
+def test_a_search_that_is_killed_is_begun_anew(
+    lab: Lab, tmp_path: Path, case: str, kills: tuple[str, ...]
+) -> None:
+    """What it had found is what a later life goes on with."""
+    assert lab.life(case, tmp_path / "alone", mnemo=False).codes == [0]
+    lives = lab.lives(case, tmp_path / "killed", kill_at(*kills))
+    assert len(lives) == len(kills) + 1
+    assert_same(tmp_path / "alone", tmp_path / "killed")
+    first, *others = starts = [r for r in records("killed") if r["event"] == "start"]
+    assert {start["fit"] for start in starts} == {0}  # a Tuner's search is none
+    assert not first["resumed"]
+    assert others
+    assert all(s["resumed"] and s["exact"] and s["steps_lost"] <= 1 for s in others)
 
 
 @pytest.mark.parametrize(

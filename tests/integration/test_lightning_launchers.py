@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning_client import KILLED, Lab, assert_same, kill_at, rows, until_it_ends
+from lightning_client import KILLED, LAB, Lab, assert_same, kill_at, rows, until_it_ends
 from ports import held_port
 
 from mnemo.faults import Declaration
@@ -70,6 +70,20 @@ def test_mnemo_run(alone: Path, tmp_path: Path) -> None:
     assert ", 0 steps lost" in ended.stdout + ended.stderr
     declared.assert_fired()
     assert_same(alone, out, ranks=2)
+
+
+def test_a_search_that_is_killed_under_mnemo_run(lab: Lab, tmp_path: Path) -> None:
+    """It is no crash loop, and the training is not begun with what half of a search found."""
+    out = tmp_path / "out"
+    assert lab.life("lr_search", tmp_path / "alone", mnemo=False, ranks=2).codes == [0, 0]
+    declared = Declaration(kill_at("search:4", "forward:5", rank=1), str(tmp_path / "fired"))
+    request = {"case": "lr_search", "ranks": 2, "mnemo": True, "settings": {}}
+    command = [*MNEMO, "--nproc-per-node=2", str(LAB), json.dumps(request)]
+    ended = start(out, *command, **declared.environ())
+    assert ended.returncode == 0, ended.stderr
+    declared.assert_fired()
+    assert "the learning rate is not searched again" in ended.stderr
+    assert_same(tmp_path / "alone", out, ranks=2)
 
 
 @pytest.mark.parametrize(

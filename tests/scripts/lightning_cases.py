@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     EarlyStopping,
     LearningRateFinder,
     LearningRateMonitor,
@@ -26,6 +27,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import (
@@ -142,17 +144,78 @@ def steady_buckets(out):
     return Case(Net(), loader(), val(), {"strategy": "ddp_find_unused_parameters_true"})
 
 
+def trained(out):
+    """Whether an earlier life came to its training: a search would find something else now."""
+    rows = out / "rows-0.jsonl"
+    return rows.exists() and rows.stat().st_size > 0
+
+
+class Searched(Net):
+    """Reaches the phase ``search`` in each step, also of a search; logs what was found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr = 1e-3
+        self.batch_size = 8
+
+    def training_step(self, batch, batch_idx):
+        faults.reach("search", step=self.global_step)
+        self.log_dict({"lr": self.lr, "batch_size": float(self.batch_size)})
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
 def lr_search(out):
     """Before the first batch a learning rate is searched, by training and going back."""
+    search = LearningRateFinder(max_lr=1.0 if trained(out) else 1e-2, num_training_steps=20)
+    return Case(Searched(), loader(), val(), {}, [search])
 
-    class Searched(Net):
-        lr = 1e-3
+
+def lr_search_later(out):
+    """So it is before the second epoch, where Lightning 2.6 goes back without having trained."""
+
+    class Later(LearningRateFinder):
+        def on_fit_start(self, trainer, pl_module):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    search = Later(max_lr=1e-2, num_training_steps=20)
+    return Case(Searched(), loader(), val(), {}, [search])
+
+
+def lr_tuned(out):
+    """So it is by a Tuner, in a fit of its own."""
+
+    def tune(trainer: pl.Trainer) -> None:
+        Tuner(trainer).lr_find(case.model, case.train, case.val, max_lr=1e-2, num_training=20)
+
+    case = Case(Searched(), loader(), val(), before=tune)
+    return case
+
+
+def batch_search(out):
+    """Before the first batch a batch size is searched."""
+
+    class Sized(Searched):
+        def train_dataloader(self):
+            return loader(batch_size=self.batch_size)
+
+        def val_dataloader(self):
+            return val()
 
         def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+            steps = int(self.trainer.estimated_stepping_batches)
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
-    search = LearningRateFinder(max_lr=1e-2, num_training_steps=9)
-    return Case(Searched(), loader(), val(), {"default_root_dir": out}, [search])
+    search = BatchSizeFinder(steps_per_trial=2, init_val=1, max_trials=5 if trained(out) else 3)
+    return Case(Sized(), None, callbacks=[search])
 
 
 def accumulation(out):
