@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 import socket
 import struct
@@ -13,6 +14,7 @@ import protect_lab as lab
 import pytest
 
 from mnemo.protect.plan import CHUNK
+from mnemo.protect.tasks import cancel
 from mnemo.transport.address import address_of, listen
 
 if TYPE_CHECKING:
@@ -59,8 +61,12 @@ async def gate(
     happened, left = asyncio.Event(), [budget]
     tasks: set[asyncio.Task[None]] = set()
 
+    def forget(caller: socket.socket, task: asyncio.Task[None]) -> None:
+        caller.close()  # also of a task that was cancelled before it began
+        tasks.discard(task)
+
     async def pass_on(caller: socket.socket) -> None:
-        with caller, socket.socket() as callee:
+        with socket.socket() as callee:
             callee.setblocking(False)
             caller.setblocking(False)
             with contextlib.suppress(OSError):
@@ -87,7 +93,7 @@ async def gate(
                 caller, _ = await loop.sock_accept(sock)
                 task = loop.create_task(pass_on(caller))
                 tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                task.add_done_callback(functools.partial(forget, caller))
 
         acceptor = loop.create_task(accept())
         try:
@@ -101,11 +107,12 @@ async def gate(
 async def besiege(nodes: list[lab.Node], chance: random.Random) -> None:
     """Strangers at every listener: garbage, silence, half a frame, resets; for ever."""
     loop = asyncio.get_running_loop()
-    mute: list[socket.socket] = []
+    left: list[socket.socket] = []
     try:
         while True:
             where = chance.choice(nodes).neighbours.address
             sock = socket.socket()
+            left.append(sock)
             sock.setblocking(False)
             await loop.sock_connect(sock, tuple(where))
             with contextlib.suppress(OSError):
@@ -116,15 +123,12 @@ async def besiege(nodes: list[lab.Node], chance: random.Random) -> None:
                     await loop.sock_sendall(sock, b"mnmo\1\0\1\0\xff")
                 elif way == 2:
                     await reset(sock, sock)
-                else:
-                    mute.append(sock)
-            if way < 3:
-                sock.close()
-            if len(mute) > 100:
-                mute.pop(0).close()
+                    sock.close()
+            if len(left) > 100:
+                left.pop(0).close()
             await asyncio.sleep(0.002)
     finally:
-        for sock in mute:
+        for sock in left:
             sock.close()
 
 
@@ -145,7 +149,7 @@ def test_a_state_of_200_mb_among_enemies(seed: int) -> None:
             await lab.all_protected(nodes, 1)
             hashes = [node.memory.hashes(1) for node in nodes]
             assert not siege.done()
-            siege.cancel()
+            await cancel(siege)
 
             for attack in (garbage, stall, reset):
                 replacement = await lab.replace(nodes, 3, **options)
