@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from mnemo.snapshot.tree import Stable
+from mnemo.snapshot.tree import Stable, once_a_kind
 
 MODULE_PARTS: Final = ("parameters", "rest")
 """The parts of `module_state`."""
@@ -59,11 +59,11 @@ _BASE: Final = torch.nn.Module
 def _has_own_ways(module: torch.nn.Module) -> bool:
     """Whether a module puts more or other things into its state dict than torch would."""
     return bool(
-        module._state_dict_hooks or module._state_dict_pre_hooks or _is_special(type(module))  # type: ignore[arg-type]
+        module._state_dict_hooks or module._state_dict_pre_hooks or _is_special(type(module))
     )
 
 
-@functools.cache
+@once_a_kind
 def _is_special(kind: type[torch.nn.Module]) -> bool:
     return (
         kind.state_dict is not _BASE.state_dict

@@ -88,7 +88,7 @@ def is_plain(value: torch.Tensor) -> bool:
     """Whether the bytes of ``value`` are its whole content."""
     kind = type(value)
     return (
-        (kind in _PLAIN_TYPES or _is_mere_parameter(kind))  # type: ignore[arg-type]
+        (kind in _PLAIN_TYPES or _is_mere_parameter(kind))
         and value.layout is torch.strided
         and value.device.type in ("cpu", "cuda")
         and not value.is_conj()
@@ -97,7 +97,12 @@ def is_plain(value: torch.Tensor) -> bool:
     )
 
 
-@functools.cache
+def once_a_kind(ask: Callable[[type[Any]], bool]) -> Callable[[type[Any]], bool]:
+    """``ask``, whose answer is kept; unlike `functools.cache`, typed for classes of torch's."""
+    return functools.cache(ask)  # type: ignore[return-value]
+
+
+@once_a_kind
 def _is_mere_parameter(kind: type[torch.Tensor]) -> bool:
     """Whether a user's own kind of parameter behaves as torch's does, and is saved as that."""
     return (
