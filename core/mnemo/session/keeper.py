@@ -37,7 +37,6 @@ from mnemo.smp.paths import RunPaths
 from mnemo.snapshot.engine import SnapshotEngine
 from mnemo.snapshot.rng import capture_rng
 from mnemo.transport import auth
-from mnemo.transport.local import close_all
 
 log = logging.getLogger("mnemo")
 
@@ -122,9 +121,7 @@ class Keeper:
         self._base = 0
         """Boundaries that count as done before the run was begun anew."""
         self._losses = Losses(self._link, self.degraded)
-        self._reached = place.agree(
-            max((p["step"] for p in self._link.board.positions()), default=0)
-        )[1]
+        self._reached = place.agree(self._link.board.furthest())[1]
         """Newest step that any rank had done when an earlier life ended."""
         self._opened = time.time()
         self._then: dict[str, str] = {}
@@ -353,12 +350,10 @@ class Keeper:
     def kept_step(self) -> int | None:
         """Step of the newest snapshot in memory that all ranks of this node have sealed."""
         try:
-            found, fds = self._link.ask(m.Fetch(), m.Fetched)
+            return self._link.kept_step()
         except MnemoError as error:
             self.degraded("smp lost", str(error))
             return None
-        close_all(fds)
-        return None if found.generation is None else found.generation.step
 
     def flush(self, timeout_s: float) -> int | None:
         """Seal and persist the newest snapshot; the step that is on storage, None if none is."""

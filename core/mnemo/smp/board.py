@@ -148,6 +148,10 @@ class Board:
                 )
         return found
 
+    def furthest(self) -> int:
+        """Most optimizer steps that any rank has reported, 0 if none has."""
+        return max((position["step"] for position in self.positions()), default=0)
+
     def close(self) -> None:
         """Unmap and close; harmless a second time."""
         if not self._map.closed:

@@ -106,6 +106,16 @@ class Link:
             self._replace(client, str(error))
             raise
 
+    def kept_step(self) -> int | None:
+        """Step of the newest generation that all ranks have sealed, None if there is none.
+
+        Raises:
+            SmpError: See `ask`.
+        """
+        found, fds = self.ask(m.Fetch(), m.Fetched)
+        close_all(fds)
+        return None if found.generation is None else found.generation.step
+
     def look(self) -> None:
         """Replace the SMP if it has died since the last request; call it now and then.
 
