@@ -28,6 +28,9 @@
     │   └── EngineError                   the engine asked for is absent or computes wrongly
     ├── ProtectionError                   a generation could not be protected over nodes, or rebuilt
     │   └── ShardsLostError               more nodes were lost than the parities make up for
+    ├── MembershipError                   which nodes belong to the run could not be agreed on
+    │   ├── StoreLostError (ConnectionError)  a Store did not answer in time
+    │   └── MembershipRecordError         a Store holds what this run did not write
     ├── LaunchError                       ``mnemo run`` cannot start or go on
     │   └── CrashLoopError                the same batch fails again and again
     └── FaultNotFiredError (AssertionError)  an injected fault never happened
@@ -151,6 +154,18 @@ class ProtectionError(MnemoError):
 
 class ShardsLostError(ProtectionError):
     """More nodes of a group were lost than its parities make up for."""
+
+
+class MembershipError(MnemoError):
+    """Which nodes belong to the run could not be agreed on."""
+
+
+class StoreLostError(MembershipError, ConnectionError):
+    """A Store did not answer in time; what it was asked may or may not happen."""
+
+
+class MembershipRecordError(MembershipError):
+    """A record in the Store was not made with the run's secret, or not for where it stands."""
 
 
 class LaunchError(MnemoError):

@@ -16,6 +16,7 @@ WITHOUT_TORCH = ["mnemo", "mnemo.clock", "mnemo.errors", "mnemo.types"] + [
         "erasure",
         "faults",
         "launcher",
+        "membership",
         "protect",
         "recovery",
         "smp",

@@ -1,0 +1,28 @@
+"""A process that hosts a `torch.distributed.TCPStore`: ``python -m mnemo.launcher.c10d_host``.
+
+It loads torch, then reads a port from its standard input, and writes a line once it listens there.
+It ends when its standard input does, that is with whoever started it, however that one ends.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+
+def main() -> None:
+    """Host it."""
+    # A signal to the whole process group is the agent's business.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    line = sys.stdin.readline()
+    if line:
+        store = TCPStore("127.0.0.1", int(line), is_master=True, wait_for_workers=False)
+        print(store.port, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Who decides, who acts, and who takes which place: functions without state."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from mnemo.membership.records import Epoch, Member
+
+
+def is_quorum(epoch: Epoch, keys: Iterable[str], lost: Collection[str] = ()) -> bool:
+    """Whether ``keys`` decide what follows ``epoch``.
+
+    More than half of its members do, and exactly half if its anchor is among them: any two such
+    sets have a member in common. All that the operator has not confirmed to be lost do as well;
+    what that means is in ``docs/membership.md``.
+    """
+    present = set(keys)
+    there = sum(member.key in present for member in epoch.members)
+    if 2 * there + (epoch.anchor in present) > len(epoch.members):
+        return True
+    left = [member for member in epoch.members if member.key not in lost]
+    return 0 < len(left) == len([m for m in left if m.key in present]) < len(epoch.members)
+
+
+def echo_of_quorum(epoch: Epoch, echoes: Mapping[str, int], lost: Collection[str]) -> int:
+    """The newest round that a quorum of ``epoch`` has read; 0 if there is none."""
+    for echo in sorted({echoes.get(member.key, 0) for member in epoch.members}, reverse=True):
+        if is_quorum(epoch, (key for key, has in echoes.items() if has >= echo), lost):
+            return echo
+    return 0
+
+
+def anchor_of(members: Iterable[Member], place: str) -> str:
+    """The key of the member that hosts the Store at ``place``; empty if none does."""
+    return next((member.key for member in members if place and member.store == place), "")
+
+
+def heirs(epoch: Epoch, host: str) -> tuple[Member, ...]:
+    """Who would host a Store after the one at ``host``, first the next in the list after it."""
+    places = [member.store for member in epoch.members]
+    at = places.index(host) + 1 if host in places else 0
+    turned = epoch.members[at:] + epoch.members[:at]
+    return tuple(member for member in turned if member.store)
+
+
+def successors(
+    epoch: Epoch | None, living: Sequence[Member], nodes: int
+) -> tuple[Member, ...] | None:
+    """The members of the next epoch; None if there are not enough.
+
+    Whoever was a member and lives keeps its node rank. A free place goes to an agent on the same
+    node if there is one, else to whoever joined first.
+
+    Args:
+        epoch: The one before; None at the start of a run.
+        living: All nodes that could be members, in the order in which they joined.
+        nodes: How many are needed.
+    """
+    if epoch is None:
+        first = sorted(living[:nodes], key=lambda member: member.node)
+        return tuple(first) if len(first) == nodes else None
+    alive = {member.key for member in living}
+    members = {member.key for member in epoch.members}
+    spares = [member for member in living if member.key not in members]
+    chosen: list[Member | None] = []
+    for member in epoch.members:
+        back = next((spare for spare in spares if spare.node == member.node), None)
+        if member.key in alive:
+            chosen.append(member)
+        else:
+            chosen.append(back)
+            spares = [spare for spare in spares if spare != back]
+    others = iter(spares)
+    filled = [member or next(others, None) for member in chosen]
+    found = tuple(member for member in filled if member is not None)
+    return found if len(found) == len(filled) else None

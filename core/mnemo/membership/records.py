@@ -1,0 +1,217 @@
+"""What stands in the Store, and the seal that each record carries.
+
+Every value is 32 bytes of MAC, under the run's secret and over the key that it stands at, and a
+msgpack record. So no record can be made without the secret, or be moved to another key.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Final, TypeVar
+
+import msgspec
+
+from mnemo.errors import MembershipRecordError
+from mnemo.transport.auth import mac
+
+_MAC_BYTES: Final = 32
+_PURPOSE: Final = "mnemo-membership-1"
+
+HEAD: Final = "head"
+JOINED: Final = "joined"
+"""A counter: how many slots have been taken."""
+MOVED: Final = "moved"
+"""In a Store that the run has left: the `Ballot` of the one where it was then."""
+
+
+def hello_key(slot: int) -> str:
+    """Where the `Hello` of ``slot`` stands."""
+    return f"hello/{slot}"
+
+
+def beat_key(slot: int) -> str:
+    """Where the `Beat` of ``slot`` stands."""
+    return f"beat/{slot}"
+
+
+def state_key(slot: int, serial: int) -> str:
+    """Where the ``serial``-th `State` that the node of ``slot`` wrote stands, for ever."""
+    return f"state/{slot}/{serial}"
+
+
+class Ballot(msgspec.Struct, frozen=True, order=True, array_like=True):
+    """Which Store: each move of the Store makes a higher one.
+
+    Attributes:
+        term: 0 for the first Store of a run.
+        place: Where that Store is; empty if it is an arbiter's.
+        maker: Who wrote its first record, and which one that was for it: no two Stores have the
+            same ballot, not even two at one place.
+    """
+
+    term: int
+    place: str
+    maker: str = ""
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """A node's agent, from its start to its end.
+
+    Attributes:
+        node: The node's name, the same for every agent that is started there.
+        incarnation: Tells one of them from the next.
+        address: Where the launcher of other nodes reaches it.
+        store: Where its agent would host a Store; empty if it cannot.
+        ranks: Ranks that run there.
+        labels: Anything else that others have to know.
+    """
+
+    node: str
+    incarnation: str
+    address: str = ""
+    store: str = ""
+    ranks: int = 1
+    labels: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What tells it from every other agent of the run."""
+        return f"{self.node}/{self.incarnation}"
+
+
+class Epoch(msgspec.Struct, frozen=True, array_like=True):
+    """One membership.
+
+    Attributes:
+        number: Grows by one from each to the next; has one membership only, ever.
+        ballot: The Store that it was proposed in.
+        attempt: Which proposal of that Store it was.
+        members: By node rank.
+        anchor: The key of the member that hosted that Store, which makes half of them a quorum;
+            empty if none of them does.
+        hollow: It may have been decided in a Store that was lost, and is decided again for that
+            reason alone: nobody runs under it.
+    """
+
+    number: int
+    ballot: Ballot
+    attempt: int
+    members: tuple[Member, ...]
+    anchor: str = ""
+    hollow: bool = False
+
+    def rank_of(self, key: str) -> int | None:
+        """The node rank of the member ``key``; None if it is none."""
+        return next((rank for rank, each in enumerate(self.members) if each.key == key), None)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes."""
+        return sum(member.ranks for member in self.members)
+
+
+class State(msgspec.Struct, frozen=True, array_like=True):
+    """What has been agreed, and what is about to be.
+
+    Attributes:
+        attempt: Proposals made in this Store so far.
+        committed: The newest membership that was decided.
+        proposed: The next, as long as it is not decided. Nobody runs meanwhile.
+        over: ``committed`` has ended, and there are not enough nodes for the next.
+    """
+
+    attempt: int = 0
+    committed: Epoch | None = None
+    proposed: Epoch | None = None
+    over: bool = False
+
+
+class Head(msgspec.Struct, frozen=True, array_like=True):
+    """The one record that is changed, by compare-and-set.
+
+    Attributes:
+        ballot: Which Store this is.
+        pulse: Grows with every change; the coordinator's heartbeat.
+        round: Grows with every change as long as a quorum is in contact with this Store.
+        granted: A quorum of ``committed`` had read this round, or a later one, and thereby
+            promised to stay with this Store for a while (see `mnemo.membership.lease`).
+        state: The key of the `State`; empty in a new Store.
+    """
+
+    ballot: Ballot
+    pulse: int = 0
+    round: int = 0
+    granted: int = 0
+    state: str = ""
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True):
+    """A node takes part in a Store.
+
+    Attributes:
+        member: Who.
+        bound: It has agreed to something before, so it takes part in no lower ballot any more.
+        committed: The newest membership that it knows to be decided.
+        accepted: The newest proposal after that which it has agreed to.
+    """
+
+    member: Member
+    bound: bool = False
+    committed: Epoch | None = None
+    accepted: Epoch | None = None
+
+
+class Beat(msgspec.Struct, frozen=True, array_like=True):
+    """A node lives.
+
+    Attributes:
+        number: Grows with each.
+        echo: The newest round that it has read.
+        acked: The attempt that it agrees to: its workers have stopped. 0 for none.
+        ended: The epoch that cannot go on as far as it knows; 0 for none.
+        lost: Keys of members that the operator vouches are dead.
+    """
+
+    number: int
+    echo: int = 0
+    acked: int = 0
+    ended: int = 0
+    lost: tuple[str, ...] = ()
+
+
+Record = TypeVar("Record", Head, State, Hello, Beat, Ballot)
+
+
+class Seal:
+    """Makes and checks the MACs of one run's records."""
+
+    def __init__(self, secret: bytes, run_id: str) -> None:
+        self._secret = secret
+        self._run_id = run_id.encode()
+
+    def wrap(self, key: str, record: Head | State | Hello | Beat | Ballot) -> bytes:
+        """What to set at ``key``."""
+        payload = msgspec.msgpack.encode(record)
+        return mac(self._secret, _PURPOSE, self._run_id, key.encode(), payload) + payload
+
+    def unwrap(self, key: str, value: bytes, kind: type[Record]) -> Record:
+        """What was set at ``key``.
+
+        Raises:
+            MembershipRecordError: It was not made with this run's secret for this key.
+        """
+        given, payload = value[:_MAC_BYTES], value[_MAC_BYTES:]
+        right = mac(self._secret, _PURPOSE, self._run_id, key.encode(), payload)
+        if not hmac.compare_digest(given, right):
+            raise MembershipRecordError(
+                f"the Store's record {key} ({len(value)} bytes) was not made with this run's "
+                "secret: use the same MNEMO_SECRET_FILE and run id on all nodes, and a Store "
+                "that no other job uses"
+            )
+        try:
+            return msgspec.msgpack.decode(payload, type=kind)
+        except msgspec.DecodeError as error:
+            raise MembershipRecordError(
+                f"the Store's record {key} cannot be read ({error}): use the same version of "
+                "mnemo on all nodes"
+            ) from error

@@ -1,0 +1,270 @@
+"""Membership in simulated time, case by case."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+from membership_lab import SEAL, Node, World
+
+from mnemo.errors import ConfigError, MembershipRecordError
+from mnemo.membership import Epoch, Member, Rules, Seal
+from mnemo.membership.lease import NEVER, Lease
+from mnemo.membership.plan import heirs, is_quorum, successors
+from mnemo.membership.records import HEAD, Ballot, Beat, Head, beat_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MEMBERS = tuple(Member(name, "0", store=name) for name in "abcd")
+
+
+def _epoch(count: int = 4, anchor: str = "") -> Epoch:
+    return Epoch(1, Ballot(0, "a"), 1, MEMBERS[:count], anchor)
+
+
+def _world(names: str, *, nodes: int = 4, arbiter: bool = False, give_up_s: float = 300) -> World:
+    rules = Rules(nodes=nodes, arbiter=arbiter, give_up_s=give_up_s)
+    world = World(rules, random.Random(0), slowness=0.1)
+    for name in names:
+        world.start(name)
+        world.run(1)
+    assert world.run(5, until=world.is_running)
+    return world
+
+
+def _node(world: World, name: str) -> Node:
+    return next(node for node in world.living() if node.name == name)
+
+
+def _names(world: World) -> list[str]:
+    assert world.newest is not None
+    return [member.node for member in world.newest.members]
+
+
+def _runs_without(world: World, name: str) -> Callable[[], bool]:
+    return lambda: world.is_running() and name not in _names(world)
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("present", "anchor", "lost", "decides"),
+    [
+        ("abc", "", "", True),
+        ("ab", "", "", False),
+        ("ab", "a/0", "", True),
+        ("cd", "a/0", "", False),
+        ("cd", "a/0", "ab", True),
+        ("c", "a/0", "ab", False),
+        ("", "", "abcd", False),
+        ("xyz", "", "", False),
+    ],
+)
+def test_quorum(present: str, anchor: str, lost: str, decides: bool) -> None:
+    keys = [f"{name}/0" for name in present]
+    assert is_quorum(_epoch(anchor=anchor), keys, {f"{name}/0" for name in lost}) is decides
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_two_quorums_have_a_member_in_common(count: int) -> None:
+    members = tuple(Member(str(index), "0") for index in range(count))
+    epoch = Epoch(1, Ballot(0, ""), 1, members, members[-1].key)
+    quorums = []
+    for chosen in range(1 << count):
+        keys = {member.key for index, member in enumerate(members) if chosen >> index & 1}
+        if is_quorum(epoch, keys):
+            quorums.append(keys)
+    assert quorums
+    assert all(one & other for one in quorums for other in quorums)
+
+
+def test_who_hosts_next_is_the_next_in_the_list() -> None:
+    assert [member.node for member in heirs(_epoch(), "b")] == list("cdab")
+
+
+def test_survivors_keep_their_places_and_who_comes_back_gets_its_own() -> None:
+    back, spare = Member("c", "1"), Member("x", "0")
+    living = [spare, MEMBERS[3], back, MEMBERS[0]]
+    chosen = successors(_epoch(), living, 4)
+    assert chosen is not None
+    assert [member.key for member in chosen] == ["a/0", "x/0", "c/1", "d/0"]
+    assert successors(_epoch(), living[1:], 4) is None
+
+
+def test_a_lease_counts_from_before_the_granted_round_was_there() -> None:
+    lease = Lease()
+    assert lease.read(1.0, 5, 5) == NEVER
+    assert lease.read(2.0, 5, 5) == NEVER
+    assert lease.read(3.0, 7, 6) == 2.0
+    assert lease.read(4.0, 8, 6) == 2.0
+    assert lease.read(5.0, 9, 8) == 3.0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"nodes": 0}, {"node_loss_s": 4.0}, {"move_s": 4.0}, {"beat_s": 1.0}]
+)
+def test_times_that_could_let_two_sides_go_on_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        Rules(**{"nodes": 2, **wrong})  # type: ignore[arg-type]
+
+
+def test_a_record_counts_at_its_key_under_its_secret_alone() -> None:
+    raw = SEAL.wrap(beat_key(1), Beat(3))
+    assert SEAL.unwrap(beat_key(1), raw, Beat) == Beat(3)
+    other = Seal(b"t" * 32, "run")
+    for seal, key, value in [
+        (SEAL, beat_key(2), raw),
+        (other, beat_key(1), raw),
+        (Seal(b"s" * 32, "other"), beat_key(1), raw),
+        (SEAL, beat_key(1), raw[:-1]),
+        (SEAL, beat_key(1), b""),
+    ]:
+        with pytest.raises(MembershipRecordError):
+            seal.unwrap(key, value, Beat)
+    with pytest.raises(MembershipRecordError, match="same version"):
+        SEAL.unwrap(HEAD, SEAL.wrap(HEAD, Beat(3)), Head)
+    assert b"ssss" not in raw
+    assert msgspec.msgpack.decode(raw[32:])[0] == 3
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_nodes_agree_and_a_spare_waits() -> None:
+    world = _world("abcde")
+    assert _names(world) == list("abcd")
+    world.run(60)
+    assert world.ran == {1}
+    assert _node(world, "e").workers is None
+
+
+def test_a_lost_node_is_replaced_by_the_spare_within_the_time_that_is_promised() -> None:
+    world = _world("abcde")
+    lost_at = world.now
+    world.kill(_node(world, "c"))
+    assert world.run(10, until=_runs_without(world, "c"))
+    assert _names(world) == list("abed")
+    assert world.now - lost_at < 6
+
+
+def test_the_lost_host_of_the_store_is_replaced_like_any_other() -> None:
+    world = _world("abcde")
+    lost_at = world.now
+    world.kill(_node(world, "a"))
+    assert world.run(20, until=_runs_without(world, "a"))
+    assert _names(world) == list("ebcd")
+    assert world.now - lost_at < 12
+    world.kill(_node(world, "b"))
+    world.start("f")
+    assert world.run(20, until=_runs_without(world, "b"))
+
+
+def test_a_second_loss_while_the_first_is_recovered() -> None:
+    world = _world("abcdefg")
+    world.kill(_node(world, "c"))
+    seat = _node(world, "a").machine._seat
+    assert world.run(10, until=lambda: bool(seat and seat.state and seat.state.proposed))
+    world.kill(_node(world, "e"))  # which was to replace it
+    assert world.run(15, until=world.is_running)
+    assert set(_names(world)) == set("abdf")
+
+
+def test_the_next_host_dies_while_the_store_is_moved() -> None:
+    world = _world("abcdefg", nodes=5)
+    world.kill(_node(world, "a"))
+    assert world.run(20, until=lambda: "b" in world.stores)
+    world.kill(_node(world, "b"))
+    world.run(1)
+    assert world.run(40, until=world.is_running)
+    assert set(_names(world)) == set("cdefg")
+
+
+def test_a_node_that_comes_back_at_once_is_another_agent() -> None:
+    world = _world("abcd")
+    world.kill(_node(world, "b"))
+    world.start("b")
+    assert world.run(10, until=lambda: world.is_running() and len(world.ran) == 2)
+    assert world.newest is not None
+    assert world.newest.members[1].key == "b/1"
+
+
+def test_without_a_spare_it_waits_and_then_gives_up() -> None:
+    world = _world("abcd", give_up_s=30)
+    world.kill(_node(world, "b"))
+    world.run(10)
+    survivors = world.living()
+    assert not any(node.workers for node in survivors)
+    assert {node.machine.waits_for for node in survivors} == {
+        "a member was lost, and no other node is here in its place"
+    }
+    assert not any(node.machine.has_given_up for node in survivors)
+    world.run(30)
+    assert all(node.machine.has_given_up for node in survivors)
+
+
+def test_a_node_whose_workers_fail_gets_a_new_epoch_for_all() -> None:
+    world = _world("abcd")
+    node = _node(world, "c")
+    node.machine.end_epoch(world._local(node))
+    world._observe(node)
+    assert world.run(5, until=lambda: world.is_running() and world.ran == {1, 2})
+    assert _names(world) == list("abcd")
+
+
+def test_half_of_the_nodes_and_the_host_are_lost_with_an_arbiter() -> None:
+    world = _world("abcdef", arbiter=True)
+    world.kill(_node(world, "a"))
+    world.kill(_node(world, "b"))
+    assert world.run(10, until=world.is_running)
+    assert set(_names(world)) == set("cdef")
+
+
+def test_half_of_the_nodes_and_the_host_are_lost_without_one_until_the_operator_speaks() -> None:
+    world = _world("abcdef")
+    world.kill(_node(world, "a"))
+    world.kill(_node(world, "b"))
+    world.run(60)
+    assert world.ran == {1}
+    assert not any(node.workers for node in world.living())
+    speaks_to = _node(world, "c").machine
+    speaks_to.confirm_lost("a/0")
+    world.run(30)
+    assert world.ran == {1}
+    speaks_to.confirm_lost("b/0")
+    assert world.run(30, until=world.is_running)
+    assert set(_names(world)) == set("cdef")
+
+
+@pytest.mark.parametrize(
+    ("there", "goes_on"),
+    [("abxyz", "cdefg"), ("cdefg", "cdefg"), ("abcxy", "abcxy"), ("defgz", "abcxy")],
+)
+def test_of_two_sides_the_one_with_the_majority_goes_on(there: str, goes_on: str) -> None:
+    world = _world("abcdefgxyz", nodes=5)
+    others = set("abcdefgxyz") - set(there)
+    world.cuts |= {(other, one) for one in there for other in others}
+    world.cuts |= {(one, other) for one in there for other in others}
+    world.run(40)
+    assert {node.name for node in world.living() if node.workers} == set(goes_on)
+    world.cuts.clear()
+    world.run(20)
+    assert set(_names(world)) == set(goes_on)
+
+
+@pytest.mark.parametrize("deaf", [True, False])
+def test_a_host_that_only_hears_or_is_only_heard_does_no_harm(deaf: bool) -> None:
+    world = _world("abcdef", nodes=5)
+    world.cuts = {(name, "a") if deaf else ("a", name) for name in "bcdef"}
+    assert world.run(40, until=_runs_without(world, "a"))
+
+
+def test_messages_that_take_seconds_do_no_harm() -> None:
+    world = _world("abcde")
+    world.slowness = 30
+    world.run(120)
+    world.slowness = 0.1
+    assert world.run(30, until=world.is_running)
