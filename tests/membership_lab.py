@@ -136,7 +136,8 @@ class World:
     def can_decide(self) -> bool:
         """Whether a quorum lives of what was decided, as far as anybody knows or not."""
         keys = {node.key for node in self.living()}
-        known = [n.machine.committed for n in self.living() if n.machine.committed]
+        machines = [node.machine for node in self.living()]
+        known = [m.committed for m in machines if m.committed and m._is_in(m.committed)]
         if self.newest is None or not known:
             return False
         last = max(known, key=lambda epoch: epoch.number)

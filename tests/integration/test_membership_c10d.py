@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import signal
@@ -15,9 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from ports import held_port
-
-from mnemo.errors import StoreLostError
-from mnemo.launcher.c10d import C10dStore, C10dStores, StoreHost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -123,35 +119,3 @@ def test_four_nodes_agree_and_replace_one_and_then_the_host(agents: Agents) -> N
     assert second["members"] == list("abed")
     print(f"the host: {second['at'] - lost:.2f} s")
     assert second["epoch"] == first["epoch"] + 1
-
-
-def test_what_membership_needs_of_a_store() -> None:
-    async def check(port: int) -> None:
-        host, stores = StoreHost(), C10dStores("r")
-        place = f"127.0.0.1:{port}"
-        one, other = await stores.store(place), C10dStore("127.0.0.1", port, "mnemo/r/")
-        with pytest.raises(StoreLostError, match="no answer"):
-            await one.get(("a",))
-        await host.serve(port)
-        assert await one.get(("a", "b")) == (None, None)
-        assert await one.compare_set("a", b"x", b"y") is None
-        assert await one.get(("a",)) == (None,)
-        assert await one.compare_set("a", None, b"\x00\xff") == b"\x00\xff"
-        assert await other.compare_set("a", None, b"z") == b"\x00\xff"
-        assert await other.compare_set("a", b"q", b"z") == b"\x00\xff"
-        assert await other.compare_set("a", b"\x00\xff", b"z") == b"z"
-        assert await other.compare_set("a", b"z", b"z") == b"z"
-        await one.set("b", b"B" * 2_000_000)
-        assert await other.get(("b", "none", "a")) == (b"B" * 2_000_000, None, b"z")
-        assert [await store.add("n") for store in (one, other, one)] == [1, 2, 3]
-        assert await one.get(("n",)) == (b"3",)
-        await host.serve(port)
-        with pytest.raises(StoreLostError):
-            await one.get(("a",))
-        assert await one.get(("a",)) == (None,)
-        other.close()
-        await stores.close()
-        await host.end()
-
-    with held_port() as port:
-        asyncio.run(check(port))

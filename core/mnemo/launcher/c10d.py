@@ -142,7 +142,7 @@ class C10dStores:
         await self._host.warm_up()
 
     async def store(self, place: str) -> C10dStore:
-        """See `mnemo.membership.driver.Stores`."""
+        """See `mnemo.membership.Stores`."""
         if place not in self._stores:
             host, _, port = place.rpartition(":")
             host = host.removeprefix("[").removesuffix("]")
@@ -150,7 +150,7 @@ class C10dStores:
         return self._stores[place]
 
     async def host(self, place: str) -> None:
-        """See `mnemo.membership.driver.Stores`."""
+        """See `mnemo.membership.Stores`."""
         await self._host.serve(int(place.rpartition(":")[2]))
 
     async def close(self) -> None:

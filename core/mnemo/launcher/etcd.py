@@ -1,0 +1,137 @@
+"""A Store in etcd, which survives every node: through its JSON gateway (v3, etcd 3.4 or newer)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.client
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from mnemo.errors import StoreLostError
+
+_MOST_KEYS: Final = 100
+"""Read in one transaction, of which etcd takes 128 by default."""
+
+
+def _text(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
+class EtcdStore:
+    """One connection to etcd.
+
+    Args:
+        url: Of its client port, such as ``http://etcd:2379``.
+        prefix: Of all keys.
+        patience_s: Seconds that an answer may take.
+    """
+
+    def __init__(self, url: str, prefix: str, patience_s: float = 1.0) -> None:
+        self._url = url
+        self._prefix = prefix
+        parts = urlsplit(url)
+        kind = (
+            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        )
+        self._connection = kind(parts.hostname or "", parts.port or 2379, timeout=patience_s)
+        self._lock = asyncio.Lock()
+
+    async def get(self, keys: tuple[str, ...]) -> tuple[bytes | None, ...]:
+        """See `mnemo.membership.Store.get`."""
+        found: list[bytes | None] = []
+        for begin in range(0, len(keys), _MOST_KEYS):
+            reads = [self._read(key) for key in keys[begin : begin + _MOST_KEYS]]
+            answer = await self._ask("txn", {"success": reads})
+            found.extend(_values(answer))
+        return tuple(found)
+
+    async def set(self, key: str, value: bytes) -> None:
+        """See `mnemo.membership.Store.set`."""
+        await self._ask("put", {"key": self._key(key), "value": _text(value)})
+
+    async def compare_set(self, key: str, expected: bytes | None, value: bytes) -> bytes | None:
+        """See `mnemo.membership.Store.compare_set`."""
+        name = self._key(key)
+        if expected is None:
+            compare = {"target": "CREATE", "result": "EQUAL", "key": name, "create_revision": "0"}
+        else:
+            compare = {"target": "VALUE", "result": "EQUAL", "key": name, "value": _text(expected)}
+        put = {"request_put": {"key": name, "value": _text(value)}}
+        wanted = {"compare": [compare], "success": [put], "failure": [self._read(key)]}
+        answer = await self._ask("txn", wanted)
+        return value if answer.get("succeeded") else _values(answer)[0]
+
+    async def add(self, key: str) -> int:
+        """See `mnemo.membership.Store.add`."""
+        (there,) = await self.get((key,))
+        while True:
+            wanted = str(int(there or 0) + 1).encode()
+            now = await self.compare_set(key, there, wanted)
+            if now == wanted:
+                return int(wanted)
+            there = now
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
+
+    def _key(self, key: str) -> str:
+        return _text(f"{self._prefix}{key}".encode())
+
+    def _read(self, key: str) -> dict[str, Any]:
+        return {"request_range": {"key": self._key(key)}}
+
+    async def _ask(self, what: str, request: dict[str, Any]) -> dict[str, Any]:
+        async with self._lock:
+            return await asyncio.to_thread(self._exchange, what, msgspec.json.encode(request))
+
+    def _exchange(self, what: str, request: bytes) -> dict[str, Any]:
+        try:
+            self._connection.request("POST", f"/v3/kv/{what}", request)
+            answer = self._connection.getresponse()
+            content = answer.read()
+            if answer.status == http.client.OK:
+                return msgspec.json.decode(content, type=dict[str, Any])
+            why = f"HTTP {answer.status}: {content[:200].decode(errors='replace')}"
+        except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
+            why = str(error) or type(error).__name__
+        self._connection.close()
+        raise StoreLostError(f"etcd at {self._url} gives no answer: {why}")
+
+
+def _values(answer: dict[str, Any]) -> list[bytes | None]:
+    """What the reads of a transaction found."""
+    found = [each["response_range"].get("kvs") for each in answer.get("responses", ())]
+    return [base64.b64decode(kvs[0].get("value", "")) if kvs else None for kvs in found]
+
+
+class EtcdStores:
+    """etcd, for one agent.
+
+    Args:
+        run_id: Of the run; part of all keys.
+        patience_s: Seconds that an answer may take.
+    """
+
+    def __init__(self, run_id: str, patience_s: float = 1.0) -> None:
+        self._prefix = f"mnemo/{run_id}/"
+        self._patience_s = patience_s
+        self._stores: dict[str, EtcdStore] = {}
+
+    async def store(self, place: str) -> EtcdStore:
+        """See `mnemo.membership.Stores`; a place is a URL."""
+        if place not in self._stores:
+            self._stores[place] = EtcdStore(place, self._prefix, self._patience_s)
+        return self._stores[place]
+
+    async def host(self, place: str) -> None:
+        """See `mnemo.membership.Stores`: nobody hosts etcd."""
+        raise StoreLostError(f"{place} is not hosted by a node")
+
+    async def close(self) -> None:
+        """Hang up."""
+        for store in self._stores.values():
+            store.close()
