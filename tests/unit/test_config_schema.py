@@ -50,6 +50,7 @@ def test_defaults() -> None:
         "persist.keep": 3,
         "recover.exact_only": True,
         "recover.grace": 30.0,
+        "recover.no_spare": 300.0,
         "network.interface": "",
         "network.ports": "",
     }

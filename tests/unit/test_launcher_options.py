@@ -14,27 +14,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.parametrize("nnodes", ["1", "1:1"])
-def test_one_node_is_accepted(nnodes: str) -> None:
-    options.check_nodes(nnodes, 0)
-
-
-@pytest.mark.parametrize(
-    ("nnodes", "node_rank", "said"),
-    [
-        ("2", 0, "several nodes are not available in this version"),
-        ("1:4", 0, "several nodes are not available in this version"),
-        ("0", 0, "several nodes"),
-        ("two", 0, "neither a number nor MIN:MAX"),
-        ("", 0, "neither a number nor MIN:MAX"),
-        ("1", 1, "--node-rank=1: the only node has rank 0"),
-    ],
-)
-def test_other_numbers_of_nodes_are_refused(nnodes: str, node_rank: int, said: str) -> None:
-    with pytest.raises(LaunchError, match=said):
-        options.check_nodes(nnodes, node_rank)
-
-
 @pytest.mark.parametrize(
     ("asked", "visible", "ranks"),
     [

@@ -14,14 +14,15 @@ from typer.core import TyperCommand
 from mnemo.config import CONFIG_VARIABLE, load_config, overrides_to_environ, parse_duration
 from mnemo.errors import ConfigError, CrashLoopError, LaunchError
 from mnemo.launcher import Agent, LaunchOptions
+from mnemo.launcher.cluster import join
 from mnemo.launcher.options import (
-    check_nodes,
     choose_run_id,
     count_ranks,
     hidden_streams,
     rank_command,
 )
 from mnemo.launcher.output import Terminal
+from mnemo.launcher.rendezvous import Nodes, meeting_point
 from mnemo.launcher.watch import smp_hooks
 from mnemo.recovery.journal import AGENTS_JOURNAL, Journal, journal_path
 from mnemo.smp.paths import AGENTS_DIRECTORY, RunPaths
@@ -113,27 +114,35 @@ def run(
     master_port: Annotated[
         int | None, _flag("--master-port", help="Its port; the default is a free one.")
     ] = None,
-    nnodes: Annotated[str, _flag("--nnodes", help="1 in this version.")] = "1",
-    node_rank: Annotated[int, _flag("--node-rank", help="0 in this version.")] = 0,
+    nnodes: Annotated[
+        str,
+        _flag("--nnodes", help="Nodes; 4:5 is four, and a spare in case one is lost."),
+    ] = "1",
+    node_rank: Annotated[int, _flag("--node-rank")] = 0,
     rdzv_id: Annotated[
         str, _flag("--rdzv-id", help="Identity of the run, where run.id is not set.")
     ] = "none",
     role: Annotated[str, _flag("--role", help="ROLE_NAME of the ranks.")] = "default",
-    rdzv_backend: Annotated[str, _flag("--rdzv-backend")] = "static",
-    rdzv_endpoint: Annotated[str, _flag("--rdzv-endpoint")] = "",
+    rdzv_backend: Annotated[
+        str, _flag("--rdzv-backend", help="c10d, or static for --master-addr.")
+    ] = "static",
+    rdzv_endpoint: Annotated[
+        str,
+        _flag("--rdzv-endpoint", help="Where nodes meet: HOST[:PORT], or HOST,HOST."),
+    ] = "",
     rdzv_conf: Annotated[str, _flag("--rdzv-conf")] = "",
     standalone: Annotated[bool, _flag("--standalone")] = False,
     tee: Annotated[str, _flag("-t", "--tee")] = "0",
 ) -> None:
-    """Train on this node; a rank that dies costs no step, all restart from memory.
+    """Train; a rank that dies costs no step, all restart from memory.
 
     Takes torchrun's flags and sets torchrun's environment.
     """
-    del rdzv_backend, rdzv_endpoint, rdzv_conf, standalone  # see _IGNORED
+    del rdzv_conf, standalone, node_rank  # see _IGNORED
     del tee  # the files are always written, and the terminal is only left out by --redirects
     overrides, script, args = _split(words)
     _require_working_directory()
-    check_nodes(nnodes, node_rank)
+    nodes = Nodes.parse(nnodes)
     settings = load_config(config, overrides=overrides)
     run_id = choose_run_id(
         settings.run.id,
@@ -168,7 +177,19 @@ def run(
         hidden=hidden_streams(redirects, local_ranks_filter, ranks),
     )
     terminal = Terminal(colour="NO_COLOR" not in os.environ)
-    agent = Agent(options, journal=journal, terminal=terminal, hooks=smp_hooks(paths))
+    team = None
+    if nodes != Nodes(1):
+        team = join(
+            nodes,
+            meeting_point(rdzv_backend, rdzv_endpoint, master_addr, master_port),
+            run_id=run_id,
+            ranks=ranks,
+            interface=settings.network.interface,
+            run_dir=settings.run.dir,
+            wait_s=settings.recover.no_spare,
+            say=terminal.say,
+        )
+    agent = Agent(options, journal=journal, terminal=terminal, hooks=smp_hooks(paths), team=team)
     try:
         code = agent.run()
     except CrashLoopError as error:

@@ -195,6 +195,11 @@ DURATION: Final = Kind(
     _above_zero(parse_duration),
     format_duration,
 )
+WAIT: Final = Kind(
+    "how long to wait, such as wait 5min or 5min",
+    _above_zero(lambda text: parse_duration(text.strip().removeprefix("wait "))),
+    lambda seconds: f"wait {format_duration(seconds)}",
+)
 FRACTION: Final = Kind(
     "a share above 0% and up to 100%, such as 1% or 0.01 (a bare number is below 1)",
     _above_zero(parse_fraction),

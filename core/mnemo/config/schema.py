@@ -114,6 +114,8 @@ class RecoverConfig:
     """Only ways of recovery that repeat the undisturbed run bit by bit."""
     grace: Annotated[float, kinds.DURATION] = 30.0
     """Seconds after SIGTERM to save the state and exit with 75."""
+    no_spare: Annotated[float, kinds.WAIT] = 300.0
+    """How long the nodes that are left wait for one that takes a lost node's place: `wait 5min`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mnemo.clock import Clock, SystemClock
 from mnemo.config import format_duration
@@ -19,17 +19,21 @@ from mnemo.config.uncaught import EXIT_USAGE
 from mnemo.errors import CrashLoopError, LaunchError
 from mnemo.launcher.cause import OomWatch, describe, is_refusal
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
+from mnemo.launcher.life import Life
 from mnemo.launcher.restarts import CRASH_LOOP, Ended, Failed, Position, RestartPolicy, judge
-from mnemo.launcher.worker import Worker, hold_port, rank_environ
+from mnemo.launcher.team import Alone, Report, Team
 from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Coroutine
 
     from mnemo.launcher.options import LaunchOptions
     from mnemo.launcher.output import Terminal
+    from mnemo.launcher.seat import Seat
+    from mnemo.launcher.worker import Worker
     from mnemo.recovery.journal import Journal
+
+_T = TypeVar("_T")
 
 _ASKED_TO_END: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -69,37 +73,6 @@ class Hooks:
     ended: Callable[[bool], str | None] = _keeps_nothing
 
 
-class _Life:
-    """One set of ranks."""
-
-    def __init__(self, number: int, log_dir: Path) -> None:
-        self.number = number
-        self.log_dir = log_dir
-        self.workers: list[Worker] = []
-        self._port = hold_port()
-        self.exits: dict[int, int] = {}
-        """Exit code by rank, in the order noticed."""
-        self.noticed: dict[int, float] = {}
-        """Seconds since the Unix epoch at which each exit was noticed."""
-
-    @property
-    def port(self) -> int:
-        """Where rank 0 can listen; nobody else can until `close`."""
-        number: int = self._port.getsockname()[1]
-        return number
-
-    def kill(self) -> None:
-        """Kill the ranks that still run."""
-        for worker in self.workers:
-            worker.kill()
-
-    def close(self) -> None:
-        """Take the last of the output; nobody writes any more."""
-        for worker in self.workers:
-            worker.close()
-        self._port.close()
-
-
 class Agent:
     """Runs one launch on this node.
 
@@ -108,6 +81,7 @@ class Agent:
         journal: Told of every start, failure and end.
         terminal: Where the ranks' output and the agent's own lines go.
         hooks: The rest of mnemo.
+        team: The other nodes' agents.
         clock: The time.
     """
 
@@ -118,6 +92,7 @@ class Agent:
         journal: Journal,
         terminal: Terminal,
         hooks: Hooks | None = None,
+        team: Team | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.exit_code: int | None = None
@@ -126,11 +101,14 @@ class Agent:
         self._journal = journal
         self._terminal = terminal
         self._hooks = hooks or Hooks()
+        self._team: Team = team or Alone(options)
         self._clock = clock or SystemClock()
         self._policy = RestartPolicy(options.max_restarts, options.restart_window_s, self._clock)
         self._oom = OomWatch()
-        self._restarts = 0
-        self._life: _Life | None = None
+        self._life: Life | None = None
+        self._seat: Seat | None = None
+        self._moved: float | None = None
+        """Unix seconds at which it was noticed that other nodes do not go on."""
         self._changed = asyncio.Event()
         self._stopped_by: int | None = None
         self._hurry = False
@@ -155,6 +133,7 @@ class Agent:
             loop.add_signal_handler(number, self._asked_to_end, number)
         loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
         self._announce()
+        self._team.watch(self._changed.set)
         well = False
         try:
             code = await self._lives()
@@ -165,6 +144,7 @@ class Agent:
         finally:
             for number in (*handled, signal.SIGCHLD):
                 loop.remove_signal_handler(number)
+            await self._team.close()
             if kept := self._hooks.ended(well):
                 self._terminal.say(kept)
         self.exit_code = code
@@ -177,7 +157,7 @@ class Agent:
         options = self._options
         window = format_duration(options.restart_window_s)
         self._terminal.say(
-            f"run {options.run_id} · {_count(options.ranks, 'rank')} · "
+            f"run {options.run_id} · {_count(options.ranks, 'rank')}{self._team} · "
             f"at most {_count(options.max_restarts, 'restart')} in {window} · "
             f"logs in {options.log_dir}"
         )
@@ -186,20 +166,23 @@ class Agent:
 
     async def _lives(self) -> int:
         while True:
-            verdict = await self._live()
-            if isinstance(verdict, Ended):
-                return verdict.code
+            code = await self._live()
+            if code is not None:
+                return code
             if self._stopped_by is not None:
                 return 128 + self._stopped_by
-            self._restarts += 1
 
-    async def _live(self) -> Ended | Failed:
-        """One life; `Failed` means that there is to be another."""
+    async def _live(self) -> int | None:
+        """One life; the exit code of the job, or None if there is to be another life."""
         self._hooks.ensure_smp()
-        life = self._life = self._next_life()
+        life = self._life = Life(self._options.log_dir)
         patience_s = 0.0
         try:
-            self._start(life)
+            self._seat = await self._unless_stopped(self._team.take_seat(life.port))
+            if self._seat is None:
+                return None if self._stopped_by else EXIT_STATE_SAVED
+            self._take_note(life, self._seat)
+            self._start(life, self._seat)
             verdict = await self._supervise(life)
             if verdict == Ended(0):
                 patience_s = self._options.grace_s
@@ -211,49 +194,55 @@ class Agent:
         if immortal:
             msg = f"processes {', '.join(immortal)} of the ranks cannot be killed; see ps"
             raise LaunchError(msg)
-        return self._after_failure(life, verdict) if isinstance(verdict, Failed) else verdict
+        if isinstance(verdict, Failed):
+            return await self._after_failure(life, verdict)
+        if isinstance(verdict, Ended):
+            everywhere = await self._unless_stopped(
+                self._team.all_ended(verdict.code), patience_s=self._options.grace_s
+            )
+            if everywhere is not None or self._stopped_by is not None:
+                return verdict.code if everywhere is None else everywhere
+        return await self._after_news()
 
-    def _next_life(self) -> _Life:
-        """A life with a log directory of its own, also where an earlier launch left some."""
-        parent = self._options.log_dir
+    async def _unless_stopped(
+        self, waiting: Coroutine[Any, Any, _T], patience_s: float = 0.0
+    ) -> _T | None:
+        """What ``waiting`` gives; None if the job is asked to end, and it takes longer then."""
+        task = asyncio.ensure_future(waiting)
+        task.add_done_callback(lambda _: self._changed.set())
         try:
-            parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            numbers = [path.name.removeprefix("life-") for path in parent.glob("life-*")]
-            number = 1 + max((int(n) for n in numbers if n.isdigit()), default=-1)
-            log_dir = parent / f"life-{number}"
-            log_dir.mkdir()
-        except OSError as error:
-            msg = f"cannot write logs to {parent} ({error.strerror}); set --log-dir or run.journal"
-            raise LaunchError(msg) from error
-        return _Life(number, log_dir)
+            while not task.done() and self._stopped_by is None:
+                self._changed.clear()
+                await self._changed.wait()
+            await asyncio.wait({task}, timeout=patience_s)
+            return task.result() if task.done() else None
+        finally:
+            task.cancel()
 
-    def _start(self, life: _Life) -> None:
+    def _take_note(self, life: Life, seat: Seat) -> None:
+        """Of nodes that were lost since the last life."""
+        if seat.cause:
+            self._terminal.say(seat.cause)
+            noticed = self._moved or self._clock.time()
+            self._journal.write("failure", life=life.number, cause=seat.cause, noticed=noticed)
+        self._moved = None
+
+    def _start(self, life: Life, seat: Seat) -> None:
         options = self._options
-        port = options.master_port or life.port
-        for rank in range(options.ranks):
-            environ = rank_environ(
-                options, os.environ, rank=rank, restarts=self._restarts, port=port
-            )
-            worker = Worker(
-                rank,
-                options,
-                environ=environ,
-                log_dir=life.log_dir,
-                terminal=self._terminal,
-                on_exit=self._exited,
-            )
-            life.workers.append(worker)
+        life.start(options, seat, terminal=self._terminal, on_exit=self._exited)
         self._journal.write(
             "launch",
             run_id=options.run_id,
             life=life.number,
-            restarts=self._restarts,
-            worker_pids=[worker.pid for worker in life.workers],
+            restarts=seat.restarts,
+            node_rank=seat.node_rank,
+            nodes=seat.nodes,
+            worker_pids=[worker.pid for worker in life.workers.values()],
             log_dir=str(life.log_dir.absolute()),
         )
 
-    async def _supervise(self, life: _Life) -> Ended | Failed:
-        """Wait until the exits of the ranks mean something."""
+    async def _supervise(self, life: Life) -> Ended | Failed | None:
+        """Wait until the exits of the ranks mean something; None if those of other nodes do."""
         loop = asyncio.get_running_loop()
         deadline = float("inf")
         asked = False
@@ -274,13 +263,15 @@ class Agent:
             )
             if verdict is not None:
                 return verdict
+            if self._team.is_over:
+                return None
             waits = deadline < float("inf")
             timer = loop.call_later(deadline - now, self._changed.set) if waits else None
             await self._changed.wait()
             if timer:
                 timer.cancel()
 
-    def _is_only_slow(self, life: _Life) -> bool:
+    def _is_only_slow(self, life: Life) -> bool:
         """Some ranks have ended well, and nothing says that the others train without them."""
         done = self._stopped_by is None and all(code == EXIT_OK for code in life.exits.values())
         return done and not self._hurry and not self._hooks.training()
@@ -302,19 +293,26 @@ class Agent:
             grace = f"{self._options.grace_s:g} s"
             self._terminal.say(f"{name}: the ranks have {grace} to save their state and end")
             self._journal.write("stop", signal=name)
-            for worker in self._life.workers if self._life else ():
+            for worker in self._life.workers.values() if self._life else ():
                 worker.send(signal.SIGTERM)
         self._changed.set()
 
     def _reap_orphans(self) -> None:
-        reap_orphans({worker.pid for worker in self._life.workers} if self._life else ())
+        workers = self._life.workers.values() if self._life else ()
+        reap_orphans({worker.pid for worker in workers})
 
-    def _after_failure(self, life: _Life, failed: Failed) -> Ended | Failed:
-        """Report a failure, and end the job if it has failed too often."""
+    async def _after_failure(self, life: Life, failed: Failed) -> int | None:
+        """Report a failure of this node's, and end the job if it has failed too often.
+
+        Returns:
+            The exit code of the job; None if there is to be another life.
+        """
         worker = life.workers[failed.rank]
+        if await self._team.is_elsewhere(failed.code, worker.log.tail):
+            return await self._after_news()
         position = self._hooks.position()
         decision: str = self._policy.after_failure(position)
-        refusal = next((text for each in life.workers if (text := each.refusal())), "")
+        refusal = next((text for each in life.workers.values() if (text := each.refusal())), "")
         if decision == "restart" and (refusal or is_refusal(failed.code, worker.log.tail)):
             decision = "refused"
         out_of_memory = self._oom.struck()
@@ -322,11 +320,13 @@ class Agent:
         if refusal:
             cause = f"found a wrong setting ({refusal})"
         code = failed.code if failed.code > 0 else 128 - failed.code if failed.code else 1
+        if refusal:
+            code = EXIT_USAGE
         self._journal.write(
             "failure",
             life=life.number,
             rank=failed.rank,
-            local_rank=failed.rank,
+            local_rank=worker.local_rank,
             worker_pid=worker.pid,
             exit_code=failed.code if failed.code >= 0 else None,
             signal=-failed.code if failed.code < 0 else None,
@@ -336,13 +336,13 @@ class Agent:
             position=position,
             decision=decision,
         )
+        ends = decision != "restart" or self._stopped_by is not None
+        told = f"rank {failed.rank} {cause}"
+        await self._team.report(Report(cause=told, position=position, code=code if ends else None))
         if refusal:
             self._terminal.say(refusal)
-            return Ended(EXIT_USAGE)
-        options = self._options
-        many = f"all {options.ranks} ranks restart" if options.ranks > 1 else "it restarts"
-        limit = _count(options.max_restarts, "restart")
-        then = f"{many} ({self._policy.recent} of {limit})"
+            return code
+        then = self._restarting()
         if self._stopped_by is not None:
             then = "ending"
         elif decision == "refused":
@@ -350,9 +350,9 @@ class Agent:
         elif decision != "restart":
             then = f"giving up with exit code {code}; its log is {worker.log.path}"
         at = time.strftime("%H:%M:%S", time.localtime(life.noticed[failed.rank]))
-        self._terminal.say(f"{at} rank {failed.rank} {cause} → {then}")
+        self._terminal.say(f"{at} {told} → {then}")
         if decision == "restart":
-            return failed
+            return None
         if decision == "crash loop":
             self.exit_code = code
             last = "\n".join(f"  {line}" for line in worker.log.tail)
@@ -361,7 +361,27 @@ class Agent:
                 f"cause. Rank {failed.rank} {cause}; its last lines:\n{last}"
             )
             raise CrashLoopError(msg)
-        return Ended(code)
+        return code
+
+    async def _after_news(self) -> int | None:
+        """As `_after_failure`, where another node knows why all ranks restart."""
+        self._moved = self._clock.time()
+        news = await self._team.why()
+        exhausted = self._policy.after_failure(news.position) == "exhausted"
+        code = 1 if exhausted and news.code is None else news.code
+        if code != news.code:
+            await self._team.report(Report(cause=news.cause, code=code))
+        then = self._restarting() if code is None else f"ending with exit code {code}"
+        cause = news.cause or "a node does not answer any more"
+        if news.cause:
+            self._journal.write("failure", cause=cause, noticed=self._moved, decision=then)
+        self._terminal.say(f"{time.strftime('%H:%M:%S')} {cause} → {then}")
+        return code
+
+    def _restarting(self) -> str:
+        ranks = self._seat.world_size if self._seat else self._options.ranks
+        many = f"all {ranks} ranks restart" if ranks > 1 else "it restarts"
+        return f"{many} ({self._policy.recent} of {_count(self._options.max_restarts, 'restart')})"
 
 
 def _count(number: int, thing: str) -> str:

@@ -7,6 +7,7 @@ value that was never set reads as no bytes, so empty values are not stored.
 from __future__ import annotations
 
 import asyncio
+import os
 import struct
 import sys
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -172,7 +173,10 @@ class StoreHost:
         if self._process is None:
             pipe = asyncio.subprocess.PIPE
             command = (sys.executable, "-m", "mnemo.launcher.c10d_host")
-            self._process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+            environ = {**os.environ, "MNEMO_ROLE": "store"}
+            self._process = await asyncio.create_subprocess_exec(
+                *command, stdin=pipe, stdout=pipe, env=environ
+            )
 
     async def serve(self, port: int) -> None:
         """Host an empty Store at ``port``; one that was there before ends.

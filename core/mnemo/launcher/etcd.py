@@ -54,6 +54,22 @@ class EtcdStore:
 
     async def compare_set(self, key: str, expected: bytes | None, value: bytes) -> bytes | None:
         """See `mnemo.membership.Store.compare_set`."""
+        done, there = await self._exchange_if(key, expected, value)
+        return value if done else there
+
+    async def add(self, key: str) -> int:
+        """See `mnemo.membership.Store.add`."""
+        (there,) = await self.get((key,))
+        while True:
+            number = int(there or 0) + 1
+            done, there = await self._exchange_if(key, there, str(number).encode())
+            if done:
+                return number
+
+    async def _exchange_if(
+        self, key: str, expected: bytes | None, value: bytes
+    ) -> tuple[bool, bytes | None]:
+        """Set ``key`` if it is ``expected``; whether it was, and what stands there if not."""
         name = self._key(key)
         if expected is None:
             compare = {"target": "CREATE", "result": "EQUAL", "key": name, "create_revision": "0"}
@@ -62,17 +78,8 @@ class EtcdStore:
         put = {"request_put": {"key": name, "value": _text(value)}}
         wanted = {"compare": [compare], "success": [put], "failure": [self._read(key)]}
         answer = await self._ask("txn", wanted)
-        return value if answer.get("succeeded") else _values(answer)[0]
-
-    async def add(self, key: str) -> int:
-        """See `mnemo.membership.Store.add`."""
-        (there,) = await self.get((key,))
-        while True:
-            wanted = str(int(there or 0) + 1).encode()
-            now = await self.compare_set(key, there, wanted)
-            if now == wanted:
-                return int(wanted)
-            there = now
+        done = bool(answer.get("succeeded"))
+        return done, None if done else _values(answer)[0]
 
     def close(self) -> None:
         """Hang up."""

@@ -34,13 +34,13 @@ def reap_orphans(own: Collection[int]) -> None:
 
 
 def descendants() -> list[psutil.Process]:
-    """Every process below this one but the snapshot process and its children."""
-    return [p for p in psutil.Process().children(recursive=True) if not _is_snapshot_process(p)]
+    """Every process below this one but those of mnemo's own: snapshot process, Store."""
+    return [p for p in psutil.Process().children(recursive=True) if not _is_own(p)]
 
 
-def _is_snapshot_process(process: psutil.Process) -> bool:
+def _is_own(process: psutil.Process) -> bool:
     try:
-        return process.environ().get("MNEMO_ROLE") == "smp"
+        return process.environ().get("MNEMO_ROLE") in {"smp", "store"}
     except psutil.Error:
         return False
 

@@ -64,24 +64,6 @@ class LaunchOptions:
             raise LaunchError(msg)
 
 
-def check_nodes(nnodes: str, node_rank: int) -> None:
-    """Refuse what needs more than one node.
-
-    Raises:
-        LaunchError: `nnodes` is no number of nodes, or is not 1.
-    """
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", nnodes)
-    if not match:
-        msg = f"--nnodes={nnodes} is neither a number nor MIN:MAX; use --nnodes=1"
-        raise LaunchError(msg)
-    if {int(n) for n in match.groups(default=match[1])} != {1}:
-        msg = f"--nnodes={nnodes}: several nodes are not available in this version; use --nnodes=1"
-        raise LaunchError(msg)
-    if node_rank != 0:
-        msg = f"--node-rank={node_rank}: the only node has rank 0"
-        raise LaunchError(msg)
-
-
 def count_ranks(nproc_per_node: str, environ: Mapping[str, str]) -> int:
     """The number of ranks that ``--nproc-per-node`` asks for.
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from mnemo.launcher.options import LaunchOptions
     from mnemo.launcher.output import Terminal
+    from mnemo.launcher.seat import Seat
 
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -44,7 +45,7 @@ def hold_port() -> socket.socket:
 
 
 def rank_environ(
-    options: LaunchOptions, base: Mapping[str, str], *, rank: int, restarts: int, port: int
+    options: LaunchOptions, base: Mapping[str, str], seat: Seat, local_rank: int
 ) -> dict[str, str]:
     """The environment of one rank: torchrun's variables, and mnemo's.
 
@@ -54,27 +55,27 @@ def rank_environ(
     Args:
         options: The launch.
         base: The agent's environment.
-        rank: Global rank, on one node the local rank too.
-        restarts: How often this launch has restarted the ranks.
-        port: MASTER_PORT.
+        seat: Where this node's ranks stand.
+        local_rank: Which of them it is.
     """
+    rank, world = str(seat.first_rank + local_rank), str(seat.world_size)
     environ = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         **({"OMP_NUM_THREADS": "1"} if options.ranks > 1 else {}),
         **base,
         **options.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "ROLE_RANK": str(rank),
+        "RANK": rank,
+        "LOCAL_RANK": str(local_rank),
+        "GROUP_RANK": str(seat.node_rank),
+        "ROLE_RANK": rank,
         "ROLE_NAME": options.role,
-        "WORLD_SIZE": str(options.ranks),
+        "WORLD_SIZE": world,
         "LOCAL_WORLD_SIZE": str(options.ranks),
-        "GROUP_WORLD_SIZE": "1",
-        "ROLE_WORLD_SIZE": str(options.ranks),
-        "MASTER_ADDR": options.master_addr,
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RESTART_COUNT": str(restarts),
+        "GROUP_WORLD_SIZE": str(seat.nodes),
+        "ROLE_WORLD_SIZE": world,
+        "MASTER_ADDR": seat.master_addr,
+        "MASTER_PORT": str(seat.master_port),
+        "TORCHELASTIC_RESTART_COUNT": str(seat.restarts),
         "TORCHELASTIC_MAX_RESTARTS": str(options.max_restarts),
         "TORCHELASTIC_RUN_ID": options.torch_run_id or options.run_id,
         "MNEMO_RUN_ID": options.run_id,
@@ -122,7 +123,9 @@ class Worker:
     Args:
         rank: Global rank.
         options: The launch.
+        local_rank: Which of this node's it is.
         environ: See `rank_environ`.
+        shows_rank: Its lines are shown with the rank in front.
         log_dir: Where its file goes, ``rank-<rank>.log``.
         terminal: Where its output goes.
         on_exit: Called with the worker and its exit code (negative for a signal) once it has
@@ -137,12 +140,15 @@ class Worker:
         rank: int,
         options: LaunchOptions,
         *,
+        local_rank: int,
         environ: Mapping[str, str],
+        shows_rank: bool,
         log_dir: Path,
         terminal: Terminal,
         on_exit: Callable[[Worker, int], None],
     ) -> None:
         self.rank = rank
+        self.local_rank = local_rank
         self._on_exit = on_exit
         pipes = {"stdout": os.pipe(), "stderr": os.pipe()}
         self._refusal = log_dir / f"rank-{rank}.refusal"
@@ -175,8 +181,8 @@ class Worker:
                 read_end,
                 stream,
                 log=self.log,
-                terminal=None if (rank, stream) in options.hidden else terminal,
-                rank=None if options.ranks == 1 else rank,
+                terminal=None if (local_rank, stream) in options.hidden else terminal,
+                rank=rank if shows_rank else None,
             )
             for stream, (read_end, _) in pipes.items()
         ]

@@ -84,7 +84,8 @@ def _next(rules: Rules, ballot: Ballot, state: State, roll: Roll) -> State | Non
             attempt = state.attempt + 1
             number = epoch.number + 1 if epoch else 1
             anchor = anchor_of(members, ballot.place)
-            proposed = Epoch(number, ballot, attempt, members, anchor)
+            lost = tuple(m for m in epoch.members if m not in members) if epoch else ()
+            proposed = Epoch(number, ballot, attempt, members, anchor, lost)
             return State(attempt, committed=epoch, proposed=proposed)
     over = State(state.attempt, committed=epoch, over=epoch is not None)
     return over if over != state else None

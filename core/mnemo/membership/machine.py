@@ -123,6 +123,11 @@ class Machine:
         self._lost = tuple(sorted({*self._lost, key}))
 
     @property
+    def place(self) -> str:
+        """Where the Store is that it takes part in; empty if there is none."""
+        return self._seat.place if self._seat else ""
+
+    @property
     def waits_for(self) -> str:
         """What it waits for, in words; empty while it runs."""
         now, seat = self._moment.now, self._seat

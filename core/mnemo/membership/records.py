@@ -89,6 +89,7 @@ class Epoch(msgspec.Struct, frozen=True, array_like=True):
         members: By node rank.
         anchor: The key of the member that hosted that Store, which makes half of them a quorum;
             empty if none of them does.
+        lost: Members of the epoch before that are none of this one's.
         hollow: It may have been decided in a Store that was lost, and is decided again for that
             reason alone: nobody runs under it.
     """
@@ -98,6 +99,7 @@ class Epoch(msgspec.Struct, frozen=True, array_like=True):
     attempt: int
     members: tuple[Member, ...]
     anchor: str = ""
+    lost: tuple[Member, ...] = ()
     hollow: bool = False
 
     def rank_of(self, key: str) -> int | None:
@@ -179,7 +181,7 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
     lost: tuple[str, ...] = ()
 
 
-Record = TypeVar("Record", Head, State, Hello, Beat, Ballot)
+Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 class Seal:
@@ -189,7 +191,7 @@ class Seal:
         self._secret = secret
         self._run_id = run_id.encode()
 
-    def wrap(self, key: str, record: Head | State | Hello | Beat | Ballot) -> bytes:
+    def wrap(self, key: str, record: msgspec.Struct) -> bytes:
         """What to set at ``key``."""
         payload = msgspec.msgpack.encode(record)
         return mac(self._secret, _PURPOSE, self._run_id, key.encode(), payload) + payload

@@ -85,7 +85,8 @@ class Start:
         """
         failure = _last_failure(journal)
         # Whoever recorded the failure may have another clock.
-        took = max(0.0, time.time() - (failure["time"] if failure else since))
+        failed = failure.get("noticed", failure["time"]) if failure else since
+        took = max(0.0, time.time() - failed)
         cause = _cause(journal) or "an earlier life ended"
         reached = _left_at(journal, self.fit)
         if reached is not None and reached >= resumed.step:
@@ -195,9 +196,12 @@ def _left_at(journal: Journal, fit: int) -> int | None:
 
 
 def _cause(journal: Journal) -> str:
-    """Which rank failed how, and led to this start; empty if nobody has recorded that."""
+    """Who failed how, and led to this start; empty if nobody has recorded that."""
     failure = _last_failure(journal)
-    return f"rank {failure.get('rank')} {failure.get('cause')}" if failure else ""
+    if failure is None:
+        return ""
+    who = f"rank {failure['rank']} " if "rank" in failure else ""  # else a node, or on another one
+    return f"{who}{failure.get('cause')}"
 
 
 def _last_failure(journal: Journal) -> dict[str, Any] | None:

@@ -1,0 +1,375 @@
+"""The agents of several nodes: who is there, which life they are in, why it ended.
+
+Who takes part is agreed on in `mnemo.membership`. Beside its records each epoch has a few of the
+launcher's own in the same Store: where rank 0 listens, why the life ended, which node is through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+
+from mnemo.clock import SystemClock
+from mnemo.config import format_duration
+from mnemo.errors import ConfigError, LaunchError, MembershipRecordError, StoreLostError
+from mnemo.launcher import rendezvous
+from mnemo.launcher.c10d import C10dStores
+from mnemo.launcher.restarts import Position
+from mnemo.launcher.seat import Seat
+from mnemo.launcher.team import Report
+from mnemo.membership import Driver, Epoch, Machine, Member, Rules, Seal
+from mnemo.transport import auth
+from mnemo.transport.address import host_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mnemo.launcher.rendezvous import Nodes
+
+_POLL_S: Final = 0.1
+_DEPUTIES: Final = 2
+_FAREWELL_S: Final = 10.0
+"""How long the node that hosts the Store waits for others to read that the job is over."""
+_HEARSAY_S: Final = 0.5
+"""How long it may take until what failed elsewhere is known here."""
+_SILENCE_S: Final = 5.0
+"""A wait that takes longer is explained."""
+_LOST_PEER: Final = re.compile(
+    r"[Cc]onnection (was )?(reset|refused|closed)|[Bb]roken pipe|[Tt]imed out|NCCL|gloo"
+)
+"""What ranks say whose peer is gone."""
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+class Port(msgspec.Struct, frozen=True, array_like=True):
+    """Where rank 0 hosts the ranks' store."""
+
+    number: int
+
+
+class End(msgspec.Struct, frozen=True, array_like=True):
+    """How a life ended, on one node or because of one."""
+
+    code: int | None
+    cause: str = ""
+    position: tuple[int, int, int] | None = None
+
+
+def join(
+    nodes: Nodes,
+    endpoint: str,
+    *,
+    run_id: str,
+    ranks: int,
+    interface: str,
+    run_dir: str,
+    wait_s: float,
+    say: Callable[[str], None],
+) -> Cluster:
+    """This node's agent among those of a job.
+
+    Args:
+        nodes: How many there are.
+        endpoint: Where they meet: ``--rdzv-endpoint``.
+        run_id: Of the run.
+        ranks: Of this node.
+        interface: `network.interface`.
+        run_dir: `run.dir`; tells agents on one machine apart.
+        wait_s: Seconds to wait for enough nodes.
+        say: Tells the user.
+
+    Raises:
+        ConfigError: There is no secret, or no such interface.
+        LaunchError: The endpoint is none.
+    """
+    file = os.environ.get("MNEMO_SECRET_FILE")
+    if not file:
+        raise ConfigError(
+            f"--nnodes is {nodes}, and the agents of several nodes need the same secret: set "
+            "MNEMO_SECRET_FILE on all of them to a file that you made with "
+            "'(umask 077; head -c 32 /dev/urandom > FILE)'"
+        )
+    places = rendezvous.endpoints(endpoint)
+    host = host_of(interface)
+    me = Member(
+        node=f"{host} {run_dir}".strip(),
+        incarnation=secrets.token_hex(8),
+        address=host,
+        store=rendezvous.own_place(host, places),
+        ranks=ranks,
+    )
+    return Cluster(
+        me,
+        places,
+        nodes,
+        rules=Rules(nodes=nodes.count, give_up_s=wait_s),
+        seal=Seal(auth.load_or_create_secret(Path(file)), run_id),
+        stores=C10dStores(run_id),
+        say=say,
+    )
+
+
+class Cluster:
+    """One node's `mnemo.launcher.team.Team`, told by `mnemo.membership.Driver`.
+
+    Args:
+        me: This node's agent.
+        places: Where the run's first Store is expected.
+        nodes: How many there are.
+        rules: Of the run.
+        seal: Of the run.
+        stores: Speaks to Stores, and hosts one.
+        say: Tells the user.
+    """
+
+    def __init__(
+        self,
+        me: Member,
+        places: tuple[str, ...],
+        nodes: Nodes,
+        *,
+        rules: Rules,
+        seal: Seal,
+        stores: C10dStores,
+        say: Callable[[str], None],
+    ) -> None:
+        self._me = me
+        self._places = places
+        self._nodes = nodes
+        self._rules = rules
+        self._seal = seal
+        self._stores = stores
+        self._say = say
+        self._machine = Machine(me, seal, rules, places, SystemClock().monotonic())
+        self._driver = Driver(self._machine, stores, self, rules)
+        self._driving: asyncio.Task[None] | None = None
+        self._epoch: Epoch | None = None
+        """Of the seat that was taken last."""
+        self._granted: Epoch | None = None
+        """What the ranks may run under now."""
+        self._change = asyncio.Event()
+        self._changed: Callable[[], None] = self._change.set
+        self._warming: asyncio.Future[None] | None = None
+        self._idle = asyncio.Event()
+        """No rank runs here."""
+
+    def __str__(self) -> str:
+        spares = self._nodes.spares
+        more = f" and {spares} spare{'s' * (spares > 1)}" if spares else ""
+        return f" on each of {self._nodes.count} nodes{more}"
+
+    # --- what the driver tells ----------------------------------------------------------------
+
+    def start(self, epoch: Epoch, node_rank: int) -> None:
+        """An epoch has begun."""
+        if node_rank <= _DEPUTIES:  # may have to host the next Store
+            self._warming = asyncio.ensure_future(self._stores.warm_up())
+        self._granted = epoch
+        self._tell()
+
+    async def stop(self) -> None:
+        """It has ended."""
+        self._granted = None
+        self._tell()
+        await self._idle.wait()
+
+    def _tell(self) -> None:
+        self._change.set()
+        self._changed()
+
+    # --- what the agent asks ------------------------------------------------------------------
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """See `Team.watch`."""
+        self._changed = changed
+
+    async def take_seat(self, port: int) -> Seat | None:
+        """See `Team.take_seat`."""
+        self._idle.set()
+        if self._driving is None:
+            await self._host_first()
+            self._driving = asyncio.create_task(self._driver.run())
+        while True:
+            epoch = await self._next_epoch()
+            if epoch is None:
+                return None
+            self._idle.clear()
+            me = epoch.rank_of(self._me.key)
+            assert me is not None
+            with contextlib.suppress(StoreLostError):
+                if me == 0:
+                    await self._put(f"port/{epoch.number}", Port(port))
+                found = await self._await_port(epoch)
+                if found is not None:
+                    self._epoch = epoch
+                    return Seat(
+                        world_size=epoch.world_size,
+                        master_addr=epoch.members[0].address,
+                        master_port=found.number,
+                        restarts=epoch.number - 1,
+                        node_rank=me,
+                        nodes=len(epoch.members),
+                        first_rank=sum(member.ranks for member in epoch.members[:me]),
+                        cause=_what_was_lost(epoch),
+                    )
+            self._idle.set()
+
+    async def _host_first(self) -> None:
+        """The first of the places has to be hosted by whom it belongs to, unless the run goes on.
+
+        Raises:
+            LaunchError: It cannot be hosted.
+        """
+        first = self._places[0]
+        if self._me.store != first or not await rendezvous.is_needed(self._stores, self._places):
+            return
+        try:
+            await self._stores.host(first)
+        except StoreLostError as error:
+            msg = f"{error}; use another port in --rdzv-endpoint, on all nodes"
+            raise LaunchError(msg) from error
+
+    async def _next_epoch(self) -> Epoch | None:
+        """Wait for it, and say what it is that one waits for; None if it does not come."""
+        assert self._driving is not None
+        said = ""
+        while self._granted is None or self._granted is self._epoch:
+            self._change.clear()
+            changed = asyncio.ensure_future(self._change.wait())
+            await asyncio.wait(
+                {changed, self._driving},
+                timeout=_SILENCE_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            waited = not changed.cancel() if changed.done() else True
+            changed.cancel()
+            if self._driving.done():
+                self._driving.result()
+                gave_up = (
+                    f"waited {format_duration(self._rules.give_up_s)} (recover.no_spare): "
+                    f"{self._machine.waits_for}"
+                )
+                if self._epoch is None:
+                    raise LaunchError(gave_up)
+                self._say(gave_up)
+                return None
+            why = self._machine.waits_for
+            if waited and why and why != said:
+                self._say(f"waiting: {why}")
+                said = why
+        return self._granted
+
+    async def _await_port(self, epoch: Epoch) -> Port | None:
+        while self._granted is epoch:
+            found = await self._read(f"port/{epoch.number}", Port)
+            if found is not None:
+                return found
+            await asyncio.sleep(_POLL_S)
+        return None
+
+    @property
+    def is_over(self) -> bool:
+        """See `Team.is_over`."""
+        return self._granted is not self._epoch
+
+    async def why(self) -> Report:
+        """See `Team.why`."""
+        self._idle.set()
+        assert self._epoch is not None
+        end = None
+        with contextlib.suppress(StoreLostError):
+            end = await self._read(f"end/{self._epoch.number}", End)
+        if end is None:
+            return Report(cause="")
+        position = Position(*end.position) if end.position else None
+        return Report(cause=end.cause, position=position, code=end.code)
+
+    async def is_elsewhere(self, code: int, tail: Iterable[str]) -> bool:
+        """See `Team.is_elsewhere`."""
+        self._idle.set()
+        patience = 0.0
+        if code >= 0:
+            lost_peer = any(_LOST_PEER.search(line) for line in tail)
+            patience = self._rules.node_loss_s + 2.0 if lost_peer else _HEARSAY_S
+        deadline = asyncio.get_running_loop().time() + patience
+        while not self.is_over and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_POLL_S)
+        return self.is_over
+
+    async def report(self, report: Report) -> None:
+        """See `Team.report`."""
+        self._idle.set()
+        assert self._epoch is not None
+        at = report.position
+        position = (at.epoch, at.batch, at.step) if at else None
+        with contextlib.suppress(StoreLostError):
+            await self._put(f"end/{self._epoch.number}", End(report.code, report.cause, position))
+        self._driver.end_epoch()
+
+    async def all_ended(self, code: int) -> int | None:
+        """See `Team.all_ended`."""
+        self._idle.set()
+        epoch = self._epoch
+        assert epoch is not None
+        mine = epoch.rank_of(self._me.key)
+        keys = [f"exit/{epoch.number}/{rank}" for rank in range(len(epoch.members))]
+        while not self.is_over:
+            with contextlib.suppress(StoreLostError):
+                await self._put(f"exit/{epoch.number}/{mine}", End(code))
+                ends = [await self._read(key, End) for key in keys]
+                codes = [end.code or 0 for end in ends if end is not None]
+                if len(codes) == len(keys):
+                    return max(codes)
+            await asyncio.sleep(_POLL_S)
+        return None
+
+    async def close(self) -> None:
+        """See `Team.close`."""
+        self._idle.set()
+        if self._driving is not None and not self._driving.done():
+            with contextlib.suppress(StoreLostError, TimeoutError):
+                await asyncio.wait_for(self._part(), _FAREWELL_S)
+            self._driving.cancel()
+            await asyncio.wait({self._driving})
+        await self._stores.close()
+
+    async def _part(self) -> None:
+        """Whoever hosts the Store leaves last."""
+        epoch, me = self._epoch, self._me
+        if epoch is None:
+            return
+        await self._put(f"left/{epoch.number}/{me.key}", End(0))
+        if self._machine.place != me.store:
+            return
+        for member in epoch.members:
+            while await self._read(f"left/{epoch.number}/{member.key}", End) is None:
+                await asyncio.sleep(_POLL_S)
+
+    # --- the launcher's records ---------------------------------------------------------------
+
+    async def _put(self, key: str, record: msgspec.Struct) -> None:
+        """Set what is set once: the first stays."""
+        store = await self._stores.store(self._machine.place)
+        await store.compare_set(key, None, self._seal.wrap(key, record))
+
+    async def _read(self, key: str, kind: type[_T]) -> _T | None:
+        store = await self._stores.store(self._machine.place)
+        (raw,) = await store.get((key,))
+        if raw is None:
+            return None
+        with contextlib.suppress(MembershipRecordError):  # a stranger's
+            return self._seal.unwrap(key, raw, kind)
+        return None
+
+
+def _what_was_lost(epoch: Epoch) -> str:
+    lost = ", ".join(member.address for member in epoch.lost)
+    nodes = "node {} was lost" if len(epoch.lost) == 1 else "nodes {} were lost"
+    return nodes.format(lost) if lost else ""

@@ -1,0 +1,148 @@
+"""Where the agents of several nodes meet, as torchrun's ``--rdzv-…`` flags say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import re
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import psutil
+
+from mnemo.errors import LaunchError, StoreLostError
+from mnemo.membership.records import HEAD
+from mnemo.transport.address import Address
+
+if TYPE_CHECKING:
+    from mnemo.membership import Stores
+
+DEFAULT_PORT: Final = 29400
+"""torchrun's."""
+_ENDPOINT: Final = re.compile(r"(?P<host>\[[0-9a-fA-F:]+\]|[^:,\[\]]+)(:(?P<port>\d{1,5}))?")
+
+
+BACKENDS: Final = ("static", "c10d")
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """How many nodes an epoch has, and how many may wait as spares."""
+
+    count: int
+    spares: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.count}:{self.count + self.spares}" if self.spares else f"{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> Nodes:
+        """Read ``--nnodes``: a number, or ``MIN:MAX``.
+
+        Raises:
+            LaunchError: It is neither.
+        """
+        match = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", text)
+        least, most = (int(n) for n in match.groups(match[1])) if match else (0, 0)
+        if not 1 <= least <= most:
+            msg = (
+                f"--nnodes={text} is neither a number of nodes nor MIN:MAX with MIN <= MAX; use "
+                "--nnodes=4, or --nnodes=4:5 for a spare"
+            )
+            raise LaunchError(msg)
+        return cls(least, most - least)
+
+
+def meeting_point(backend: str, endpoint: str, addr: str, port: int | None) -> str:
+    """The endpoint that torchrun's flags mean.
+
+    Args:
+        backend: ``--rdzv-backend``; with ``static``, the node that hosts rank 0 is where all meet.
+        endpoint: ``--rdzv-endpoint``.
+        addr: ``--master-addr``.
+        port: ``--master-port``.
+
+    Raises:
+        LaunchError: There is no such backend.
+    """
+    if backend not in BACKENDS:
+        msg = f"--rdzv-backend={backend} is none of {', '.join(BACKENDS)}"
+        raise LaunchError(msg)
+    if endpoint or backend != "static" or addr == "127.0.0.1":
+        return endpoint
+    return f"{addr}:{port or DEFAULT_PORT}"
+
+
+def endpoints(text: str) -> tuple[str, ...]:
+    """The places that ``--rdzv-endpoint`` names: ``HOST[:PORT]``, several with commas between.
+
+    Raises:
+        LaunchError: One of them is none, or there is no such host.
+    """
+    found = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        match = _ENDPOINT.fullmatch(word)
+        port = int(match["port"] or DEFAULT_PORT) if match else 0
+        if match is None or not 0 < port < 1 << 16:
+            msg = f"--rdzv-endpoint={text}: {word} is not HOST or HOST:PORT"
+            raise LaunchError(msg)
+        found.append(str(Address(_resolve(match["host"].strip("[]")), port)))
+    if not found:
+        msg = (
+            "several nodes have to meet somewhere: --rdzv-endpoint=HOST[:PORT] with a host of "
+            "theirs, the same for all; name several (HOST,HOST,…), so that a node that comes "
+            "later finds the job also when the first of them was lost"
+        )
+        raise LaunchError(msg)
+    return tuple(dict.fromkeys(found))
+
+
+def _resolve(host: str) -> str:
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(host))
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        msg = f"--rdzv-endpoint: the host {host} is not known here ({error.strerror})"
+        raise LaunchError(msg) from error
+    return min((str(entry[4][0]) for entry in found), key=lambda ip: ":" in ip)
+
+
+def own_place(host: str, places: tuple[str, ...]) -> str:
+    """Where this node would host a Store: at one of ``places`` if that is its own.
+
+    Args:
+        host: The address that other nodes reach this one by.
+        places: See `endpoints`.
+    """
+    own = {
+        entry.address.partition("%")[0]
+        for found in psutil.net_if_addrs().values()
+        for entry in found
+    }
+    port = int(places[0].rpartition(":")[2])
+    mine = [place for place in places if place.rpartition(":")[0].strip("[]") in own]
+    wanted = mine[0] if mine else str(Address(host, port))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(wanted.rpartition(":")[2])))
+        except OSError:  # another agent on this machine has it
+            probe.bind(("", 0))
+            return str(Address(host, probe.getsockname()[1]))
+    return wanted
+
+
+async def is_needed(stores: Stores, places: tuple[str, ...]) -> bool:
+    """Whether no node that answers has a Store of this run, as at its beginning."""
+
+    async def has_one(place: str) -> bool:
+        with contextlib.suppress(StoreLostError):
+            store = await stores.store(place)
+            (head,) = await store.get((HEAD,))
+            return head is not None
+        return False
+
+    return not any(await asyncio.gather(*map(has_one, places)))

@@ -1,0 +1,135 @@
+"""A job of ``mnemo run --nnodes`` on hosts of `netns`, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mnemo.transport import auth
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from netns import Host, Network
+
+SCRIPTS: Final = Path(__file__).parents[1] / "scripts"
+MNEMO: Final = (sys.executable, "-c", "from mnemo.cli import main; main()")
+PATIENCE_S: Final = 120.0
+
+
+def until(what: str, ready: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
+    """Wait until ``ready``, for what shows in nothing that could be waited on."""
+    deadline = time.monotonic() + patience_s
+    while not ready():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+@dataclass
+class Job:
+    """One training, on as many of the hosts as are started.
+
+    Args:
+        network: Its hosts.
+        directory: Where the ranks write to; not in any host's memory.
+        nnodes: ``--nnodes``.
+        steps: How long it trains.
+        settings: Environment of all agents.
+        flags: More of ``mnemo run``'s.
+    """
+
+    network: Network
+    directory: Path
+    nnodes: str
+    steps: int
+    settings: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    agents: dict[int, subprocess.Popen[Any]] = field(default_factory=dict)
+    """By host."""
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir()
+        auth.load_or_create_secret(self.directory / "secret")
+
+    def start(self, *hosts: Host) -> None:
+        """An agent on each of ``hosts``."""
+        meeting = ",".join(host.address for host in self.network.hosts)
+        for host in hosts:
+            command = (
+                *(*MNEMO, "run", f"--nnodes={self.nnodes}", "--rdzv-backend=c10d"),
+                *(f"--rdzv-endpoint={meeting}", "--rdzv-id=job", "--max-restarts=99", *self.flags),
+                *(str(SCRIPTS / "nodes_train.py"), str(self.directory), str(self.steps)),
+            )
+            with self.log(host).open("a") as log:
+                self.agents[host.number] = host.start(
+                    command, self._environ(host), stdout=log, stderr=log
+                )
+
+    def _environ(self, host: Host) -> dict[str, str]:
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "wire",
+            "MNEMO_SECRET_FILE": str(self.directory / "secret"),
+            "MNEMO_NETWORK__INTERFACE": "wire",
+            "MNEMO_RUN__DIR": str(host.home / "run"),
+            "MNEMO_RUN__JOURNAL": str(host.home / "journal"),
+            "MNEMO_SNAPSHOT__EVERY": "1",
+            **self.settings,
+        }
+
+    def log(self, host: Host) -> Path:
+        """What its agents and ranks said, one after another."""
+        return self.directory / f"log-{host.number}"
+
+    def said(self, *hosts: Host) -> str:
+        """All of it, of ``hosts`` or all."""
+        logs = [self.log(host) for host in hosts or self.network.hosts]
+        return "\n".join(log.read_text() for log in logs if log.exists())
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Show what all nodes said where the block fails."""
+        try:
+            yield
+        except BaseException:
+            for host in self.network.hosts:
+                print(f"--- host {host.number}\n{self.said(host)[-6000:]}")
+            raise
+
+    def steps_done(self) -> int:
+        """The newest step of rank 0."""
+        return max(self.losses(0), default=0)
+
+    def reach(self, step: int) -> None:
+        """Wait until it has been done."""
+        until(f"step {step} is not reached", lambda: self.steps_done() >= step)
+
+    def codes(self, *hosts: Host) -> list[int]:
+        """Exit codes of the agents of ``hosts``, which end by themselves."""
+        agents = [self.agents[host.number] for host in hosts or self.network.hosts]
+        return [agent.wait(PATIENCE_S) for agent in agents]
+
+    def losses(self, rank: int) -> dict[int, str]:
+        """Every step's loss; one that was done again had the same."""
+        found: dict[int, str] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.directory / f"losses-{rank}").read_text().splitlines():
+                if match := re.fullmatch(r"(\d+) (\S+)", line):
+                    step, loss = int(match[1]), match[2]
+                    assert found.setdefault(step, loss) == loss, f"rank {rank}, step {step}"
+        return found
+
+    def result(self, ranks: int) -> list[tuple[str, dict[int, str]]]:
+        """Of each rank, the hash of its parameters at the end, and all losses."""
+        return [
+            ((self.directory / f"hash-{rank}").read_text(), self.losses(rank))
+            for rank in range(ranks)
+        ]

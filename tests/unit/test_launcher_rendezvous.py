@@ -1,0 +1,87 @@
+"""Where several nodes meet, as flags say it."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from mnemo.errors import LaunchError
+from mnemo.launcher import rendezvous
+from mnemo.launcher.rendezvous import Nodes
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ("1", Nodes(1)),
+        ("1:1", Nodes(1)),
+        ("4", Nodes(4)),
+        ("4:6", Nodes(4, 2)),
+        ("1:2", Nodes(1, 1)),
+    ],
+)
+def test_numbers_of_nodes(text: str, nodes: Nodes) -> None:
+    assert Nodes.parse(text) == nodes
+    assert Nodes.parse(str(nodes)) == nodes
+
+
+@pytest.mark.parametrize("text", ["", "0", "0:2", "3:2", "two", "-1", "1:", "1:2:3", "1.5", "4+1"])
+def test_wrong_numbers_of_nodes(text: str) -> None:
+    with pytest.raises(LaunchError, match="neither a number of nodes nor MIN:MAX"):
+        Nodes.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("10.0.0.1", ("10.0.0.1:29400",)),
+        ("10.0.0.1:7000, 10.0.0.2", ("10.0.0.1:7000", "10.0.0.2:29400")),
+        ("[fd00::1]:7000,[fd00::2]", ("[fd00::1]:7000", "[fd00::2]:29400")),
+        ("10.0.0.1,10.0.0.1:29400", ("10.0.0.1:29400",)),
+        ("localhost:1", ("127.0.0.1:1",)),
+    ],
+)
+def test_endpoints(text: str, places: tuple[str, ...]) -> None:
+    assert rendezvous.endpoints(text) == places
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "several nodes have to meet somewhere"),
+        (" , ", "several nodes have to meet somewhere"),
+        ("host:port", "host:port is not HOST or HOST:PORT"),
+        ("10.0.0.1:70000", "is not HOST or HOST:PORT"),
+        ("10.0.0.1:0", "is not HOST or HOST:PORT"),
+        ("fd00::1", "is not HOST or HOST:PORT"),
+        ("no-such-host.invalid", "the host no-such-host.invalid is not known here"),
+    ],
+)
+def test_wrong_endpoints(text: str, said: str) -> None:
+    with pytest.raises(LaunchError, match=said):
+        rendezvous.endpoints(text)
+
+
+def test_static_meets_where_rank_0_is() -> None:
+    assert rendezvous.meeting_point("static", "", "10.0.0.1", 7000) == "10.0.0.1:7000"
+    assert rendezvous.meeting_point("static", "", "10.0.0.1", None) == "10.0.0.1:29400"
+    assert rendezvous.meeting_point("static", "", "127.0.0.1", None) == ""
+    assert rendezvous.meeting_point("c10d", "a,b", "10.0.0.1", None) == "a,b"
+    with pytest.raises(LaunchError, match="--rdzv-backend=zookeeper is none of"):
+        rendezvous.meeting_point("zookeeper", "a", "127.0.0.1", None)
+
+
+def test_own_place_is_the_endpoint_or_has_its_port() -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    own, other = f"127.0.0.1:{port}", f"192.0.2.1:{port}"
+    assert rendezvous.own_place("127.0.0.1", (other, own)) == own
+    assert rendezvous.own_place("127.0.0.1", (other,)) == own
+    with socket.socket() as listener:
+        listener.bind(("", port))
+        listener.listen()
+        found = rendezvous.own_place("127.0.0.1", (own,))
+        assert found.startswith("127.0.0.1:")
+        assert found != own
