@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -98,5 +99,11 @@ class Histories(RuleBasedStateMachine):
         assert self.world.run(BACK_S, until=self.world.is_running), "the job did not come back"
 
 
-Histories.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
-TestHistories = Histories.TestCase
+class TestHistories(Histories.TestCase):
+    settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+class TestManyHistories(Histories.TestCase):
+    settings = settings(max_examples=5000, stateful_step_count=30, deadline=None, derandomize=False)

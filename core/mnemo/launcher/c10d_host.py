@@ -6,12 +6,17 @@ It ends when its standard input does, that is with whoever started it, however t
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
 
 def main() -> None:
     """Host it."""
+    # The Store's only thread looks up the name of whoever connects: where the name server does not
+    # answer, all nodes would wait for it, 5 s each time. So it is not asked, and says nothing.
+    os.environ["RES_OPTIONS"] = "attempts:0"
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     # A signal to the whole process group is the agent's business.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
