@@ -110,14 +110,51 @@ def test_the_port_that_was_given_is_listened_at(cluster: Callable[..., Cluster])
         made.own[1] = {"MNEMO_NETWORK__PORTS": str(given)}
         with made.life():
             until("a protected step", lambda: made.protected_step() > 0)
-        record = made.paths(1).read_record()
-        assert record is not None
-        ports = {
-            line.laddr.port
-            for line in psutil.Process(record.pid).net_connections("tcp")
-            if line.status == psutil.CONN_LISTEN
-        }
-    assert ports == {given}
+        assert listening_at(made, 1) == {given}
+
+
+def listening_at(made: Cluster, node: int) -> set[int]:
+    """TCP ports of a node's snapshot process."""
+    record = made.paths(node).read_record()
+    assert record is not None
+    return {
+        line.laddr.port
+        for line in psutil.Process(record.pid).net_connections("tcp")
+        if line.status == psutil.CONN_LISTEN
+    }
+
+
+def test_settings_that_were_changed_are_in_force_at_the_next_start(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    """Although the snapshot processes of the life before go on."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    made = cluster(
+        steps=600,
+        MNEMO_PROTECT__NODES="1+1",
+        MNEMO_SNAPSHOT__EVERY="1",
+        MNEMO_PERSIST__TO=str(old),
+        MNEMO_PERSIST__EVERY="100ms",
+        MNEMO_PERSIST__KEEP="1000",
+    )
+    with made.life():
+        until("checkpoints", lambda: all(s > 0 for s in made.stored_steps()))
+        until("a protected step", lambda: made.protected_step() > 0)
+    before, steps = made.steps_done(), {n: steps_of(old / f"cluster.node-{n}") for n in (0, 1)}
+    made.settings["MNEMO_PERSIST__TO"] = str(new)
+    with held_port() as given:
+        made.own[1] = {"MNEMO_NETWORK__PORTS": str(given)}
+        with made.life() as ranks:
+            until("checkpoints", lambda: all(s > before for s in made.stored_steps()))
+            until("a protected step", lambda: made.protected_step() > before)
+            assert listening_at(made, 1) == {given}
+            for rank in ranks:
+                rank.kill()
+    for node in (0, 1):
+        assert steps_of(old / f"cluster.node-{node}") == steps[node]
+        assert min(steps_of(new / f"cluster.node-{node}")) >= before
+    made.lose([], [0, 1])
+    assert "resumed from storage at step" in made.run()
 
 
 @pytest.fixture
@@ -311,7 +348,9 @@ def test_another_number_of_nodes_is_refused(cluster: Callable[..., Cluster]) -> 
     assert "is of 3 ranks, this launch has 4" in made.said[2]
     made.nodes, made.settings["MNEMO_PROTECT__NODES"] = 3, "2+1"
     made.lose([], [3])
-    assert "resumed from memory at step" in lines(made.run())
+    said = made.run()
+    assert "resumed from memory at step" in lines(said)
+    assert not unreachable(said), "a node of a refused start is not one of the run's"
 
 
 def test_a_node_that_was_away_voids_nothing(cluster: Callable[..., Cluster]) -> None:

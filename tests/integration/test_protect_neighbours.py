@@ -12,7 +12,7 @@ import pytest
 
 from mnemo.errors import PeerLostError
 from mnemo.protect import Neighbours
-from mnemo.protect.messages import Ask
+from mnemo.protect.messages import Ask, Refused
 from mnemo.transport.address import Address, listen
 from mnemo.transport.handshake import Identity
 from mnemo.transport.peer import Rules
@@ -67,6 +67,38 @@ def test_a_connection_that_hangs_ends_when_its_node_is_replaced() -> None:
                 one.moved("b", ELSEWHERE)
                 with pytest.raises(PeerLostError):
                     await asyncio.wait_for(waiting, AT_ONCE_S)
+
+    run(main())
+
+
+def test_a_node_that_listens_anew_is_reached_there() -> None:
+    async def main() -> None:
+        async def answer(peer: Peer[Message], opening: Opening) -> None:
+            await peer.send(Refused("as asked"))
+
+        async with known_as("b", {}) as other, known_as("a", {"b": other.address}) as one:
+            other.attend(0, answer)
+            await wait_for_word(one, "b")
+            before = other.address
+            other.listen(listen("127.0.0.1", ""))
+            assert other.address != before
+            one.moved("b", other.address)
+            await wait_for_word(one, "b")
+            one.moved("b", before)
+            with pytest.raises(PeerLostError):
+                await wait_for_word(one, "b")
+
+    run(main())
+
+
+def test_a_node_that_is_not_wanted_any_more_is_forgotten() -> None:
+    async def main() -> None:
+        async with known_as("a", {"b": ELSEWHERE, "c": ELSEWHERE}) as one:
+            assert [found.target for found in await one.find_unreachable()] == ["b", "c"]
+            one.forget_all_but({"a", "c"})
+            assert [found.target for found in await one.find_unreachable()] == ["c"]
+            with pytest.raises(PeerLostError, match="its address is not known"):
+                await wait_for_word(one, "b")
 
     run(main())
 

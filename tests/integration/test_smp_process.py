@@ -729,6 +729,28 @@ def test_the_last_generation_of_a_finished_training_is_persisted(
     rank.close()
 
 
+def test_the_next_life_has_its_own_place_for_checkpoints(paths: RunPaths, tmp_path: Path) -> None:
+    """What the life before had stored stays where it is."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    rank = Rank.join(paths, persist=settings(old, 3600.0))
+    pid = rank.client.pid
+    rank.write(1)
+    rank.client.ask(m.Flush(), m.Flushed)
+    rank.close()
+    rank = Rank.join(paths, persist=settings(new, 0.0))
+    assert (rank.client.pid, rank.fit()["persist"]["newest_step"]) == (pid, -1)
+    rank.write(2)
+    wait_until("a checkpoint", lambda: rank.fit()["persist"]["newest_step"] == 20)
+    assert rank.fit()["persist"]["to"] == str(new)
+    rank.close()
+    rank = Rank.join(paths)
+    assert rank.fit()["persist"] is None
+    rank.write(3)
+    assert rank.client.ask(m.Flush(), m.Flushed)[0].step == -1
+    rank.close()
+    assert (stored_steps(old), stored_steps(new)) == ([10], [20])
+
+
 def test_what_is_persisted_is_of_the_training_that_goes_on(paths: RunPaths, tmp_path: Path) -> None:
     """After going on from an older generation, the same tick is persisted anew."""
     rank = Rank.join(paths, persist=settings(tmp_path, 3600.0))

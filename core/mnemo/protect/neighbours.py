@@ -10,9 +10,16 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Mapping,
+)
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 from mnemo.errors import PeerLostError
 from mnemo.protect.messages import DECODER, Chunk, Message, Opening, Refused
@@ -61,7 +68,8 @@ class Neighbours:
         self._me = me
         self._addresses = dict(addresses)
         self._lines: dict[str, set[asyncio.Task[Peer[Message]]]] = {}
-        self._hanging_up: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        """Connections and listeners that are given up."""
         self._serves: dict[int, Serve] = {}
         self._listener = Listener(me, sock, DECODER, self._serve, rules)
         self._worker = ThreadPoolExecutor(1, "mnemo-protect", initializer=_be_nice)
@@ -76,6 +84,11 @@ class Neighbours:
         """Where this node listens."""
         return self._listener.address
 
+    def listen(self, sock: socket.socket) -> None:
+        """Listen at ``sock`` from now on; who came by the address before is hung up on."""
+        self._end_later(self._listener.close())
+        self._listener = Listener(self._me, sock, DECODER, self._serve, self.rules)
+
     def moved(self, node: str, address: Address) -> None:
         """``node`` listens at ``address`` from now on.
 
@@ -84,10 +97,22 @@ class Neighbours:
         if node == self.name or self._addresses.get(node) == address:
             return
         self._addresses[node] = address
+        self._hang_up_on(node)
+
+    def forget_all_but(self, nodes: Collection[str]) -> None:
+        """Others than ``nodes`` are not wanted any more: they are hung up on."""
+        for node in self._addresses.keys() - set(nodes):
+            del self._addresses[node]
+            self._hang_up_on(node)
+
+    def _hang_up_on(self, node: str) -> None:
         for line in self._lines.pop(node, ()):
-            task = asyncio.ensure_future(_hang_up(line))
-            self._hanging_up.add(task)
-            task.add_done_callback(self._hanging_up.discard)
+            self._end_later(_hang_up(line))
+
+    def _end_later(self, end: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(end)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     def attend(self, fit: int, serve: Serve | None) -> None:
         """Have ``serve`` take the connections that concern ``fit``; None: nobody does any more."""
@@ -148,7 +173,7 @@ class Neighbours:
     async def close(self) -> None:
         """Hang up on everybody."""
         await self._listener.close()
-        await asyncio.gather(*self._hanging_up)
+        await asyncio.gather(*self._ending)
         self._worker.shutdown()
 
 

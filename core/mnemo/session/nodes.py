@@ -127,7 +127,10 @@ def _exchange(config: ResolvedConfig, place: Place, paths: RunPaths) -> dict[str
 
 
 def _listen(config: ResolvedConfig, place: Place, paths: RunPaths) -> Node:
-    """Have this node's snapshot process listen; see `protection_of` for what it raises."""
+    """Have this node's snapshot process listen, if this is the node's first rank.
+
+    See `protection_of` for what it raises.
+    """
     if not os.environ.get("MNEMO_SECRET_FILE"):
         raise ConfigError(
             f"protect.nodes is {config.protect.nodes}, and the {len(place.leaders)} nodes need the "
@@ -135,6 +138,8 @@ def _listen(config: ResolvedConfig, place: Place, paths: RunPaths) -> Node:
             "'(umask 077; head -c 32 /dev/urandom > FILE)'"
         )
     with lifecycle.ensure(paths) as client:
+        if place.local_rank:  # the first rank's settings count
+            return Node("", 0, config.protect.domain)
         network = config.network
         request = m.Listen(_name(place.node), network.interface, network.ports)
         at, _ = client.ask(request, m.Listening)

@@ -51,6 +51,8 @@ class Commits:
         self._protection: Protection | None = None
         self._regroup: Callable[[], Protection] | None = None
         """Makes the protection in the group that the next life has been given."""
+        self._group: Group | None = None
+        """That group, also where it is the one before."""
         self._shelf = shelf
         self._buffers = buffers
         self._counts = counts
@@ -178,7 +180,8 @@ class Commits:
                     stored = await persister.write(
                         generation, dict(zip(sorted(self._shelf.ranks), fds, strict=True))
                     )
-                    self._counts["persisted" if stored else "persist_failed"] += 1
+                    if persister is self.persister:  # else a new life has another place for them
+                        self._counts["persisted" if stored else "persist_failed"] += 1
         finally:
             for slot in slots:
                 slot.pins -= 1
@@ -198,7 +201,7 @@ class Commits:
             segments = Segments(self._shelf, self._buffers, self._wake)
             return Protection(fit, settings, neighbours, segments)
 
-        known = self._protection
+        known, self._group = self._protection, group
         self._regroup = make if known is not None and known.group != group else None
         if self._regroup is not None and self.newest is None:
             self._regroup = None
@@ -210,6 +213,12 @@ class Commits:
         await self.unprotect()
         self._protection = make()
         self._protection.forget_after(tick)
+
+    @property
+    def neighbours(self) -> set[str]:
+        """Nodes that generations are shared with, or will be."""
+        current = None if self._protection is None else self._protection.group
+        return {node for group in (current, self._group) if group for node in group.nodes}
 
     def take_part(self) -> None:
         """Share generations at once: ranks that an earlier SMP served are in the middle of it."""
@@ -226,7 +235,7 @@ class Commits:
 
     async def unprotect(self) -> None:
         """Take no part in the group any more."""
-        protection, self._protection = self._protection, None
+        protection, self._protection, self._group = self._protection, None, None
         if protection is not None:
             await protection.close()
 

@@ -105,11 +105,18 @@ class Fit:
         self._finished.discard(request.rank)
         self._over.discard(request.rank)
         self.shelf.closed = False
-        if request.persist is not None and self.commits.persister is None:
-            self.commits.persister = Persister(
-                request.persist, self._run_id, self.number, self._clock
-            )
         return seat
+
+    async def store(self, settings: m.PersistSettings | None) -> None:
+        """What is committed goes to storage as ``settings`` say: those of the newest life."""
+        known = self.commits.persister
+        if settings == (known and known.settings):
+            return
+        self.commits.persister = None
+        if settings is not None:
+            self.commits.persister = Persister(settings, self._run_id, self.number, self._clock)
+        if known is not None:
+            await known.close()
 
     def vacate(self, seat: Seat) -> None:
         """The process is gone: what it was writing is void, unless it had sealed without saying."""

@@ -80,7 +80,8 @@ class ProtectSettings(msgspec.Struct, frozen=True, omit_defaults=True):
 class Listen(Message, frozen=True):
     """Other nodes will want to connect: begin to listen. See `mnemo.transport.address.listen`.
 
-    Asked before `Join`, which has to know where the others do. An SMP listens once.
+    Asked before `Join`, which has to know where the others do. An SMP that listens elsewhere than
+    is asked for listens anew.
     """
 
     node: str

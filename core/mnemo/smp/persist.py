@@ -69,7 +69,7 @@ class Persister:
     """Writes one fit's generations to its store, one at a time."""
 
     def __init__(self, settings: PersistSettings, run_id: str, fit: int, clock: Clock) -> None:
-        self._settings = settings
+        self.settings = settings
         self._store_id = store_id(run_id, fit, settings.node)
         self._clock = clock
         self._last = clock.monotonic()
@@ -95,13 +95,12 @@ class Persister:
     @property
     def is_one_of_several(self) -> bool:
         """Whether other nodes store other ranks' parts of the same generations."""
-        return bool(self._settings.node)
+        return bool(self.settings.node)
 
     def due(self) -> bool:
         """Whether the interval has passed and nothing is being written."""
         return (
-            not self.lock.locked()
-            and self._clock.monotonic() - self._last >= self._settings.every_s
+            not self.lock.locked() and self._clock.monotonic() - self._last >= self.settings.every_s
         )
 
     async def write(self, generation: Generation, fds: dict[int, int]) -> bool:
@@ -151,7 +150,7 @@ class Persister:
     def _write(self, generation: Generation, fds: dict[int, int]) -> None:
         if self._store is None:
             self._store = CheckpointStore(
-                self._settings.url, run_id=self._store_id, keep=self._settings.keep
+                self.settings.url, run_id=self._store_id, keep=self.settings.keep
             )
         parts = {part_name(rank): (lambda fd=fd: verified_stream(fd)) for rank, fd in fds.items()}
         meta = {"tick": generation.tick, "members": len(fds)}
@@ -160,9 +159,9 @@ class Persister:
     def status(self) -> dict[str, Any]:
         """For ``mnemo status``."""
         return {
-            "to": self._settings.url,
+            "to": self.settings.url,
             "newest_step": self.newest_step,
-            "every_s": self._settings.every_s,
+            "every_s": self.settings.every_s,
             "failure": self.failure,
         }
 

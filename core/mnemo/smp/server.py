@@ -27,7 +27,7 @@ from mnemo.smp.fits import Answer, Fit, Seat
 from mnemo.smp.paths import RunPaths
 from mnemo.smp.shelf import Slot
 from mnemo.transport import auth, local
-from mnemo.transport.address import Address, listen
+from mnemo.transport.address import Address, is_as_asked, listen
 from mnemo.transport.handshake import Identity
 
 log = logging.getLogger("mnemo.smp")
@@ -304,6 +304,7 @@ class Server:
         client.seat = fit.sit(request, client.channel.pid)
         client.joined = True
         self._keep_alive_s = request.keep_alive_s
+        await fit.store(request.persist)
         if request.protect is not None:
             await self._protect(fit, request.protect, handed_over=bool(fds))
         else:
@@ -321,6 +322,8 @@ class Server:
                 f"{request.node} in this launch: give the ranks to the nodes as before, or give "
                 "it another run.id"
             )
+        elif not is_as_asked(self._neighbours.address, request.interface, request.ports):
+            self._neighbours.listen(listen(request.interface, request.ports))
         return m.Listening(*self._neighbours.address)
 
     async def _protect(self, fit: Fit, settings: m.ProtectSettings, *, handed_over: bool) -> None:
@@ -337,6 +340,9 @@ class Server:
         for node, (host, port) in settings.addresses.items():
             self._neighbours.moved(node, Address(host, port))
         await fit.commits.protect(fit.number, settings, self._neighbours)
+        self._neighbours.forget_all_but(
+            {node for known in self._fits.values() for node in known.commits.neighbours}
+        )
         if handed_over:
             fit.commits.take_part()
 

@@ -114,6 +114,20 @@ def listen(interface: str, ports: str) -> socket.socket:
     )
 
 
+def is_as_asked(address: Address, interface: str, ports: str) -> bool:
+    """Whether `listen` might have chosen ``address``, so that there is no need to listen anew.
+
+    Args:
+        address: Where this node listens.
+        interface: As of `listen`.
+        ports: As of `listen`.
+
+    Raises:
+        ConfigError: See `host_of`.
+    """
+    return address.host == host_of(interface) and (not ports or address.port in parse_ports(ports))
+
+
 def address_of(listener: socket.socket) -> Address:
     """Where others connect to ``listener``."""
     host, port = listener.getsockname()[:2]
