@@ -16,8 +16,9 @@ from mnemo.config import load_config
 from mnemo.session.attributes import AttributeWatch
 from mnemo.session.identity import RunIdentity
 from mnemo.session.keeper import End, Keeper
+from mnemo.session.modules import ModuleTree
 from mnemo.session.place import Place
-from mnemo.session.unsaved import ModuleTree, Unsaved
+from mnemo.session.unsaved import Unsaved
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position

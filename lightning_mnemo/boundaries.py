@@ -18,8 +18,8 @@ from lightning_mnemo.resume import Resume
 from mnemo import faults
 from mnemo.session.announce import note_interrupted
 from mnemo.session.keeper import Keeper
+from mnemo.session.modules import ModuleTree
 from mnemo.session.stop import leave
-from mnemo.session.unsaved import ModuleTree
 from mnemo.smp.board import Position
 
 
@@ -60,6 +60,7 @@ class Boundaries:
     def install(self, hooks: loops.LoopHooks) -> None:
         """Follow Lightning's loops."""
         loop, apart = self._trainer.fit_loop, self._resume.searches.apart
+        hooks.around(loop, "on_advance_start", apart(self._around_epoch_start))
         hooks.around(loop, "on_advance_end", apart(self._around_epoch_end))
         hooks.around(loop.epoch_loop, "on_run_start", apart(self._around_run_start))
         hooks.around(loop.epoch_loop, "on_advance_end", apart(self._batch_done))
@@ -81,6 +82,11 @@ class Boundaries:
                 rank=keeper.place.rank,
                 step=self._steps_done(),
             )
+
+    def _around_epoch_start(self, trainer: pl.Trainer, original: Callable[[], None]) -> None:
+        if not self._begun:  # every hook that begins a training has run, and none of an epoch
+            self._extras.begin()
+        original()
 
     def _around_epoch_end(self, trainer: pl.Trainer, original: Callable[[], None]) -> None:
         self._weights_may_change()

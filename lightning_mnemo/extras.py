@@ -13,7 +13,8 @@ from torchmetrics import Metric
 
 from mnemo.session.attributes import AttributeWatch
 from mnemo.session.keeper import Keeper
-from mnemo.session.unsaved import Modules, Unsaved
+from mnemo.session.modules import Modules
+from mnemo.session.unsaved import Unsaved
 
 _LIGHTNINGS = {
     *vars(pl.LightningModule()),
@@ -22,21 +23,33 @@ _LIGHTNINGS = {
 """Attributes of a module that are Lightning's own."""
 
 
+_SETTINGS = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+"""What of a trainer is asked anew at every batch, so that some change it while they train."""
+
+
 class Extras:
     """Flags of the trainer, gradients that wait, and what modules are besides their state dict."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._module = trainer.lightning_module
-        self._unsaved = Unsaved(self._module)
         self._attributes = AttributeWatch(
             "use on_save_checkpoint", skip=_LIGHTNINGS, kinds=(Metric,)
         )
-        self._attributes.begin(list(self._module.named_modules()))
+        self.begin()
         # Who has one keeps what is needed there, and need not be told of the rest.
         self._keeps_own = is_overridden("on_save_checkpoint", self._module)
         self._stepped: set[int] = set()
         self._handles: list[Any] = []
+
+    def begin(self) -> None:
+        """What there is now each start makes of itself: what differs later is kept."""
+        self._unsaved = Unsaved(self._module)
+        self._attributes.begin(list(self._module.named_modules()))
+        self._made = self._settings()
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self._trainer, name) for name in _SETTINGS}
 
     # --- manual optimization ------------------------------------------------------------------
 
@@ -91,7 +104,7 @@ class Extras:
             "attributes": self._attributes.look(modules, warn=not self._keeps_own),
             "gradients": self.waiting(),
             "should_stop": self._trainer.should_stop,
-            "accumulate": self._trainer.accumulate_grad_batches,
+            "settings": {n: v for n, v in self._settings().items() if v != self._made[n]},
         }
 
     def restore(self, state: dict[str, Any], optimizer_states: list[dict[str, Any]]) -> str:
@@ -109,7 +122,8 @@ class Extras:
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
         trainer.should_stop = state["should_stop"]
         _resume_weight_averaging(trainer, optimizer_states)
-        trainer.accumulate_grad_batches = state["accumulate"]
+        for name, value in state["settings"].items():
+            setattr(trainer, name, value)
         return self._attributes.begin(list(self._module.named_modules()), state["attributes"])
 
     def undo(self) -> None:

@@ -6,6 +6,7 @@ Lightning 2.4–2.6. Each patch is undone when the fit ends. What is patched and
   validation and its checkpoints are all done, and nothing of the next has begun.
 - ``fit_loop.epoch_loop.on_run_start``: the one moment after the iterator was made and before the
   first batch is fetched, where an interrupted epoch can be gone on with.
+- ``fit_loop.on_advance_start``: after every hook that begins a training, before any of an epoch.
 - ``fit_loop.on_advance_end``: after an epoch's last batch and before any hook that ends the epoch.
 - ``fit_loop.setup_data``: where loaders are made, or made anew.
 - ``strategy.process_dataloader``: where loaders pass before they are iterated.

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 )
 from torchmetrics import Metric, MetricCollection
 
-from mnemo.session.unsaved import Modules
+from mnemo.session.modules import Modules
 
 _META = (
     "fx",

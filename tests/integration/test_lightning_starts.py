@@ -74,6 +74,13 @@ def test_another_setting_of_a_parameter_group_is_said(lab: Lab, tmp_path: Path) 
     assert "not exact (changed: parameter group 1)" in life.said
 
 
+def test_what_a_program_sets_at_its_start_is_its_own(lab: Lab, tmp_path: Path) -> None:
+    killed(lab, tmp_path / "a", "set_at_start")
+    life = lab.life("set_at_start_changed", tmp_path / "a", run_id="run")
+    assert "resumed from memory at step 6" in life.said
+    assert "dropped 0.9\n" in life.said
+
+
 def test_never_begins_anew_and_says_so(lab: Lab, tmp_path: Path) -> None:
     killed(lab, tmp_path / "a")
     life = lab.life("plain", tmp_path / "b", run_id="run", settings=NEVER)

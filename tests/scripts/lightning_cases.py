@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -427,14 +428,39 @@ def finetuning(out):
 
 
 def layer_schedule(out):
-    """Settings of torch's own layers change by a schedule that only looks at what they are."""
+    """Settings of torch's own layers change by a schedule that only looks at what they are.
+
+    So does one of the trainer.
+    """
 
     class Scheduled(Net):
+        def on_train_epoch_start(self):
+            self.net[3].p *= 0.8
+
         def on_train_batch_end(self, outputs, batch, batch_idx):
             self.net[3].p *= 0.9
             self.net[1].momentum *= 0.95
+            self.trainer.gradient_clip_val *= 0.9
 
-    return Case(Scheduled(), loader(), val(), {"max_epochs": 3})
+    return Case(Scheduled(), loader(), val(), {"max_epochs": 3, "gradient_clip_val": 0.5})
+
+
+def set_at_start(out, p=0.3):
+    """What a layer drops is set when the training begins, and said when it is over."""
+
+    class Setting(Net):
+        def on_train_start(self):
+            self.net[3].p = p
+
+        def on_train_end(self):
+            print(f"dropped {self.net[3].p}", file=sys.stderr)
+
+    return Case(Setting(), loader(), val())
+
+
+def set_at_start_changed(out):
+    """`set_at_start` with another value."""
+    return set_at_start(out, p=0.9)
 
 
 def layer_exchanged(out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from mnemo.session.attributes import AttributeWatch, _digest
+from mnemo.session.modules import ModuleTree
 from mnemo.session.surgery import Surgery
-from mnemo.session.unsaved import ModuleTree, Unsaved
+from mnemo.session.unsaved import Unsaved
 
 
 class Thing(nn.Module):
@@ -293,6 +295,80 @@ def test_settings_of_an_exchanged_layer_come_back() -> None:
     assert after.drop.p == 0.1
 
 
+class Half(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+
+class Own(nn.Dropout):
+    def __init__(self, p: float) -> None:
+        super().__init__(p)
+        self.calls = 0
+
+
+class Uncommon(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=2)
+        self.norm = nn.utils.parametrize.register_parametrization(
+            nn.BatchNorm1d(2), "weight", Half()
+        )
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
+        self.own = Own(0.5)
+        self.pool = nn.AdaptiveAvgPool2d([4, 4])
+
+
+CHANGES: dict[str, tuple[str, Any]] = {
+    "a tuple": ("conv.dilation", (2,)),
+    "a list": ("pool.output_size", [2, 2]),
+    "of a parametrized layer": ("norm.momentum", 0.5),
+    "of a parametrization": ("spectral.parametrizations.weight.0.n_power_iterations", 5),
+    "of a class derived from torch's": ("own.p", 0.25),
+    "a tensor of one number": ("norm.eps", torch.tensor(0.5)),
+}
+
+
+@pytest.mark.parametrize(("where", "value"), CHANGES.values(), ids=CHANGES)
+def test_settings_come_back_wherever_torch_has_them(where: str, value: Any) -> None:
+    path, _, name = where.rpartition(".")
+    before, after = Uncommon(), Uncommon()
+    kept, tree = Unsaved(before), ModuleTree(before)
+    assert kept.state(tree.modules())["settings"] == {}
+    setattr(before.get_submodule(path), name, value)
+    state = kept.state(tree.modules())
+    assert state["settings"] == {where: value}
+    watch = AttributeWatch("")
+    watch.begin(modules(after))
+    Unsaved(after).restore(state)
+    assert getattr(after.get_submodule(path), name) == value
+    assert watch.look(modules(after))["then"] == {}  # it is none of the user's attributes
+
+
+def test_a_setting_that_is_written_in_place_comes_back() -> None:
+    before = Uncommon()
+    kept = Unsaved(before)
+    before.pool.output_size[0] = 2  # type: ignore[index]
+    assert kept.state(modules(before))["settings"] == {"pool.output_size": [2, 4]}
+
+
+def test_what_a_class_derived_from_a_layer_counts_is_the_users() -> None:
+    watch, model = AttributeWatch(""), Uncommon()
+    kept = Unsaved(model)
+    watch.begin(modules(model))
+    model.own.calls += 1
+    assert list(watch.look(modules(model))["then"]) == ["own.calls"]
+    assert kept.state(modules(model))["settings"] == {}
+
+
+def test_a_setting_that_cannot_be_compared_any_more_fails_nothing() -> None:
+    model = Uncommon()
+    kept = Unsaved(model)
+    model.conv.dilation = torch.tensor([1, 2])  # type: ignore[assignment]
+    del model.own.p
+    model.pool.output_size = [1, 1]
+    assert kept.state(modules(model))["settings"] == {"pool.output_size": [1, 1]}
+
+
 def operated(change: Any, *, again: Any = lambda layers: None) -> str:
     """What a life says that goes on from one in which ``change`` was done."""
     before, after = Layers(), Layers()
@@ -318,6 +394,51 @@ def test_exchanged_layers_and_hooks_are_missed() -> None:
     assert "drop had a hook" in operated(hooks)
     assert operated(exchanges, again=exchanges) == ""
     assert operated(hooks, again=hooks) == ""
+
+
+def scales(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
+def halves(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+    return output / 2
+
+
+class Hooked(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.handle = self.act.register_forward_hook(functools.partial(scales))
+
+
+def swaps(layers: Hooked) -> None:
+    layers.handle.remove()
+    layers.handle = layers.act.register_forward_hook(halves)
+
+
+def test_a_hook_that_was_removed_or_exchanged_is_missed() -> None:
+    for change, said in (
+        (lambda layers: layers.handle.remove(), "act had lost a hook"),
+        (swaps, "act had a hook"),
+    ):
+        before = Hooked()
+        surgery, tree = Surgery(), ModuleTree(before)
+        surgery.look(tree.modules())
+        change(before)  # type: ignore[no-untyped-call]
+        saved = surgery.look(tree.modules())
+        after = Hooked()
+        second = Surgery()
+        assert said in second.begin(modules(after), saved)
+        assert said in Surgery().begin(modules(Hooked()), second.look(modules(after)))
+        change(after)  # type: ignore[no-untyped-call]
+        assert Surgery().begin(modules(after), saved) == ""
+
+
+def test_a_layer_that_was_taken_out_is_missed() -> None:
+    def takes_out(layers: Layers) -> None:
+        del layers.drop
+
+    assert "drop had been taken out: changed while training" in operated(takes_out)
+    assert operated(takes_out, again=takes_out) == ""
 
 
 def test_what_was_there_before_the_first_snapshot_is_none_of_surgery() -> None:

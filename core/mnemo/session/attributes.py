@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import xxhash
 
+from mnemo.session.modules import INNER, SCALARS, Modules, is_torchs, join
+from mnemo.session.settings import inherited_settings
 from mnemo.session.surgery import Surgery
-from mnemo.session.unsaved import INNER, SCALARS, Modules, is_torchs, join
 
 _FIRST: Final = 4
 _THEN_EVERY: Final = 64
@@ -147,8 +148,9 @@ class AttributeWatch:
             if is_torchs(type(child)) or isinstance(child, self._kinds):  # type: ignore[arg-type]
                 continue
             own = vars(child)
+            skip = self._skip | inherited_settings(type(child))  # type: ignore[arg-type]
             for name, value in own.items():
-                if name not in self._skip and isinstance(value, _PLAIN):
+                if name not in skip and isinstance(value, _PLAIN):
                     yield join(path, name), own, name
 
 

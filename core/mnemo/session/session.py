@@ -21,10 +21,11 @@ from mnemo.session.identity import (
     script_fingerprint,
 )
 from mnemo.session.keeper import End, Keeper
+from mnemo.session.modules import ModuleTree
 from mnemo.session.passes import LoaderPosition
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.stop import leave, on_sigterm
-from mnemo.session.unsaved import ModuleTree, Unsaved
+from mnemo.session.unsaved import Unsaved
 from mnemo.smp.board import Position
 from mnemo.snapshot.listing import (
     MODULE_PARTS,
@@ -81,7 +82,6 @@ class Session:
         self._scheduler = scheduler
         self._objects = dict(objects or {})
         self._tree = ModuleTree(model)
-        self._unsaved = Unsaved(model)
         self._attributes = AttributeWatch("use objects=…")
         self._keeper: Keeper | None = None
         self._data: LoaderPosition | None = None
@@ -192,6 +192,7 @@ class Session:
         device = next((p.device for p in self._model.parameters()), None)
         place = current_place(self._config, replicas=replicas, device=device)
         keeper = Keeper(self._config, shared_identity(self._config), place, next_fit())
+        self._unsaved = Unsaved(self._model)
         try:
             restored = keeper.find()
             if restored is None:

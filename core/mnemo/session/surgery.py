@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
 
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from mnemo.session.unsaved import Modules
+from mnemo.session.modules import Modules
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SHOWN: Final = 4
 
+_Described = dict[str, dict[str, Any]]
+"""By path: the name of each submodule's class, and of each of its hooks where it came from."""
+
 
 class Surgery:
-    """Compares classes of submodules and numbers of their hooks between snapshots and lives."""
+    """Compares submodules and their hooks between snapshots and lives."""
 
     def __init__(self) -> None:
         self._listed: Modules | None = None
         self._hooks: list[dict[int, Any]] = []
-        self._total = 0
-        self._base: dict[str, dict[str, Any]] | None = None
+        self._keys: list[int] = []
+        """torch numbers all hooks of a process."""
+        self._base: _Described | None = None
         """What there was at the first snapshot of this life."""
-        self._changed: dict[str, dict[str, Any]] = {"kinds": {}, "hooks": {}}
-        self._lost: dict[str, dict[str, Any]] = {"kinds": {}, "hooks": {}}
+        self._changed: _Described = {"kinds": {}, "hooks": {}}
+        self._lost: _Described = {"kinds": {}, "hooks": {}}
 
     def begin(self, modules: Modules, saved: Mapping[str, dict[str, Any]]) -> str:
         """A life begins, with all restored that is.
@@ -39,20 +46,19 @@ class Surgery:
         # A layer that is still lazy gets its class when it is used.
         waiting = {path for path, child in modules if isinstance(child, LazyModuleMixin)}
         self._lost = {
-            "kinds": {
-                path: kind
-                for path, kind in saved["kinds"].items()
-                if path not in waiting and now["kinds"].get(path) != kind
-            },
-            "hooks": {
-                path: count
-                for path, count in saved["hooks"].items()
-                if now["hooks"].get(path, 0) < count
-            },
+            part: {
+                path: value
+                for path, value in saved[part].items()
+                if path not in waiting and now[part].get(path) != value
+            }
+            for part in now
         }
         parts = [
-            *(f"{path} was a {kind} by then" for path, kind in self._lost["kinds"].items()),
-            *(f"{path or 'the model'} had a hook" for path in self._lost["hooks"]),
+            *(_kind(path, kind) for path, kind in self._lost["kinds"].items()),
+            *(
+                _hook(path, then, now["hooks"].get(path, []))
+                for path, then in self._lost["hooks"].items()
+            ),
         ]
         if not parts:
             return ""
@@ -60,7 +66,7 @@ class Surgery:
         listed = ", ".join(parts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
         return f"{listed}: changed while training, and not made again by this start"
 
-    def look(self, modules: Modules) -> dict[str, dict[str, Any]]:
+    def look(self, modules: Modules) -> _Described:
         """At every snapshot; cheap.
 
         Returns:
@@ -70,22 +76,47 @@ class Surgery:
         if relisted:
             self._listed = modules
             self._hooks = [child.__dict__[name] for _, child in modules for name in _HOOKS]
-        total = sum(map(len, self._hooks))
-        if relisted or total != self._total:
-            self._total = total
+        keys = list(itertools.chain.from_iterable(self._hooks))
+        if relisted or keys != self._keys:
+            self._keys = keys
             now = _describe(modules)
             if self._base is None:
                 self._base = now
             self._changed = {
-                part: {path: v for path, v in now[part].items() if self._base[part].get(path) != v}
-                for part in now
+                part: {
+                    path: now[part].get(path)
+                    for path in now[part].keys() | then.keys()
+                    if now[part].get(path) != then.get(path)
+                }
+                for part, then in self._base.items()
             }
         return {part: {**self._lost[part], **self._changed[part]} for part in self._changed}
 
 
-def _describe(modules: Modules) -> dict[str, dict[str, Any]]:
-    hooks = {p: sum(len(vars(child)[name]) for name in _HOOKS) for p, child in modules}
+def _describe(modules: Modules) -> _Described:
+    hooks = {p: [h for name in _HOOKS for h in vars(child)[name].values()] for p, child in modules}
     return {
         "kinds": {path: type(child).__name__ for path, child in modules},
-        "hooks": {path: count for path, count in hooks.items() if count},
+        "hooks": {path: sorted(map(_origin, found)) for path, found in hooks.items() if found},
     }
+
+
+def _origin(hook: Any) -> str:
+    """Where a hook came from: the same in each life of a program."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    hook = getattr(hook, "__func__", hook)
+    code = getattr(hook, "__code__", None)
+    named = hook if code is not None else type(hook)
+    line = f":{code.co_firstlineno}" if code is not None else ""
+    return f"{named.__module__}.{named.__qualname__}{line}"
+
+
+def _kind(path: str, kind: str | None) -> str:
+    return f"{path} was a {kind} by then" if kind else f"{path} had been taken out"
+
+
+def _hook(path: str, then: list[str] | None, now: list[str]) -> str:
+    where = path or "the model"
+    gained = Counter(then or []) - Counter(now)
+    return f"{where} had a hook" if gained else f"{where} had lost a hook"

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 
 from mnemo.session.generators import KINDS, get_states, set_states
-
-Modules = Sequence[tuple[str, torch.nn.Module]]
-"""Submodules by path, as ``named_modules`` gives them."""
-
-SCALARS: Final = (int, float, complex, str, bool, type(None), np.generic)
-"""Types of attributes that are compared by value."""
-INNER: Final = frozenset(vars(torch.nn.Module()))
-"""Attributes that every module has."""
-_LAYERS: Final = "torch.nn.modules."
+from mnemo.session.modules import Modules, is_torchs, join
+from mnemo.session.settings import Settings
 
 _no_generators: set[type] = set()
 """Types of attributes that were looked at."""
-
-
-class ModuleTree:
-    """Submodules of a module, listed anew only where one was added, taken out or exchanged."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
-        self._listed: list[tuple[str, torch.nn.Module]] = []
-        self._children: list[tuple[torch.nn.Module, list[tuple[str, torch.nn.Module | None]]]] = []
-        """What each of them had below itself."""
-
-    def modules(self) -> Modules:
-        """As ``named_modules`` gives them, in a third of the time."""
-        if not self._listed or any(
-            _children(m) != then if then else m.__dict__["_modules"] for m, then in self._children
-        ):
-            self._listed = list(self._module.named_modules())
-            self._children = [(module, _children(module)) for _, module in self._listed]
-        return self._listed
 
 
 class Unsaved:
@@ -54,7 +25,7 @@ class Unsaved:
         self._module = module
         modules = list(module.named_modules())
         self._untouched = {n: _identity(b) for n, b in _buffers(modules)}
-        self._settings = _Settings(modules)
+        self._settings = Settings(modules)
 
     def state(self, modules: Modules) -> dict[str, Any]:
         """Everything, by reference.
@@ -115,57 +86,6 @@ class Unsaved:
                 setattr(owners[path], name, value)
 
 
-class _Settings:
-    """Numbers and words of torch's own layers, such as ``Dropout.p``: some have a schedule."""
-
-    def __init__(self, modules: Modules) -> None:
-        self._made: dict[str, Any] = {}
-        """By path, what they were at first."""
-        self._list(modules)
-
-    def changed(self, modules: Modules) -> dict[str, Any]:
-        """Those that are not what they were at first; layers added since are taken as they came."""
-        if modules is not self._listed:
-            self._list(modules)
-        found: dict[str, Any] = {}
-        for path, own, get, made in self._rows:
-            now = get(own)
-            if now != made:
-                names = _settings(own)
-                found.update(
-                    (where, own[name])
-                    for name in names
-                    if self._made.get(where := join(path, name), own[name]) != own[name]
-                )
-        return found
-
-    def _list(self, modules: Modules) -> None:
-        self._listed = modules
-        self._rows: list[tuple[str, dict[str, Any], Callable[[Any], Any], Any]] = []
-        for path, child in modules:
-            own = vars(child)
-            names = _settings(own) if type(child).__module__.startswith(_LAYERS) else []
-            if names:
-                made = [self._made.setdefault(join(path, name), own[name]) for name in names]
-                get = operator.itemgetter(*names)  # a third of the time that a loop takes
-                self._rows.append((path, own, get, made[0] if len(made) == 1 else tuple(made)))
-
-
-def _settings(own: dict[str, Any]) -> list[str]:
-    return [n for n, v in own.items() if isinstance(v, SCALARS) and n not in INNER]
-
-
-@functools.cache
-def is_torchs(kind: type[torch.nn.Module]) -> bool:
-    """Whether a class is torch's own, so that torch knows what of it to save."""
-    return kind.__module__.startswith("torch.")
-
-
-def join(path: str, name: str) -> str:
-    """The path of what a module at ``path`` calls ``name``."""
-    return f"{path}.{name}" if path else name
-
-
 def _buffers(modules: Modules) -> Iterator[tuple[str, torch.Tensor]]:
     for path, child in modules:
         own = child.__dict__
@@ -190,10 +110,6 @@ def _own_generators(module: torch.nn.Module) -> Sequence[tuple[str, Any]]:
     found = [(name, value) for name, value in own.items() if isinstance(value, KINDS)]
     _no_generators.update(t for t in map(type, own.values()) if not issubclass(t, KINDS))
     return found
-
-
-def _children(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module | None]]:
-    return [*module.__dict__["_modules"].items()]
 
 
 def _filled(buffer: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
