@@ -11,13 +11,16 @@ from membership_lab import SEAL, Node, World
 
 from mnemo.errors import ConfigError, MembershipRecordError
 from mnemo.membership import Epoch, Member, Rules, Seal
+from mnemo.membership.coordinator import decide
 from mnemo.membership.lease import NEVER, Lease
 from mnemo.membership.plan import heirs, is_quorum, successors
-from mnemo.membership.records import HEAD, Ballot, Beat, Head, beat_key
+from mnemo.membership.records import HEAD, Ballot, Beat, Head, Hello, State, beat_key
+from mnemo.membership.roll import Moment, Roll, Seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+RULES = Rules(nodes=3)
 MEMBERS = tuple(Member(name, "0", store=name) for name in "abcd")
 
 
@@ -129,6 +132,41 @@ def test_a_record_counts_at_its_key_under_its_secret_alone() -> None:
         SEAL.unwrap(HEAD, SEAL.wrap(HEAD, Beat(3)), Head)
     assert b"ssss" not in raw
     assert msgspec.msgpack.decode(raw[32:])[0] == 3
+
+
+# --- what is decided ------------------------------------------------------------------------------
+
+
+def _roll(now: float, *seen: tuple[Hello, Beat, float]) -> Roll:
+    roll = Roll(SEAL, Moment(now), RULES.node_loss_s)
+    roll._seen = {slot: Seen(*each) for slot, each in enumerate(seen, 1)}
+    return roll
+
+
+def test_who_beat_again_after_it_was_left_out_is_waited_for() -> None:
+    ballot, spare = Ballot(0, "a"), Member("x", "0")
+    epoch = Epoch(1, ballot, 1, MEMBERS[:3], "a/0")
+    state = State(2, epoch, Epoch(2, ballot, 2, (*MEMBERS[:2], spare), "a/0"))
+    agreed = [(Hello(member), Beat(9, acked=2), 10.0) for member in (*MEMBERS[:2], spare)]
+    left_out = Hello(MEMBERS[2])
+    slow = _roll(10.0, *agreed, (left_out, Beat(9), 10.0 - RULES.node_loss_s / 2))
+    assert decide(RULES, ballot, state, slow) is None
+    for gone in [
+        (left_out, Beat(9), 10.0 - RULES.node_loss_s),
+        (left_out, Beat(9, acked=2), 10.0),
+    ]:
+        after = decide(RULES, ballot, state, _roll(10.0, *agreed, gone))
+        assert after is not None
+        assert after.committed == state.proposed
+
+
+def test_who_was_never_bound_is_no_vote_in_a_new_store() -> None:
+    epoch, ballot = Epoch(1, Ballot(0, "z"), 1, MEMBERS[:3]), Ballot(1, "b")
+    knows = (Hello(MEMBERS[0], True, epoch), Beat(1), 10.0)
+    for bound in (False, True):
+        says = (Hello(MEMBERS[1], bound), Beat(1), 10.0)
+        opened = decide(RULES, ballot, None, _roll(10.0, knows, says))
+        assert (opened is not None) is bound
 
 
 # --- a run ----------------------------------------------------------------------------------------
