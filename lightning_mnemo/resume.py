@@ -20,7 +20,7 @@ from lightning_mnemo.searches import Searches
 from mnemo.session.announce import Start
 from mnemo.session.exactness import first_sum_differs
 from mnemo.session.finder import Restored
-from mnemo.session.identity import group_fingerprints
+from mnemo.session.identity import does_not_load, flexible_names, group_fingerprints
 from mnemo.session.keeper import Keeper
 from mnemo.session.report import say
 from mnemo.snapshot.listing import keep_types
@@ -70,6 +70,7 @@ class Resume:
         trainer = self._trainer
         hooks.around(trainer.strategy, "process_dataloader", self._around_process_dataloader)
         hooks.around(trainer.strategy, "setup_optimizers", self._around_setup_optimizers)
+        hooks.around(trainer.strategy, "load_model_state_dict", self._around_load_model)
         hooks.around(trainer.strategy, "load_optimizer_state_dict", self._around_load_optimizers)
         hooks.around(trainer.fit_loop, "setup_data", self._around_setup_data)
         # A search goes back to where it began by a checkpoint of its own: no start of a fit.
@@ -98,6 +99,17 @@ class Resume:
     ) -> None:
         original(*args, **named)
         self.groups = group_fingerprints(trainer.optimizers)
+
+    def _around_load_model(
+        self, trainer: pl.Trainer, original: Callable[..., None], *args: Any, **named: Any
+    ) -> None:
+        try:
+            original(*args, **named)
+        except RuntimeError as error:
+            if self.restored is None:
+                raise
+            run_id = self._keeper.identity.run_id
+            raise does_not_load(self.restored.step, run_id, error) from error
 
     def _around_load_optimizers(
         self, trainer: pl.Trainer, original: Callable[[Any], None], checkpoint: Any
@@ -134,6 +146,7 @@ class Resume:
             restored,
             trainer.strategy.lightning_module_state_dict(),
             ["checkpoint.state_dict."],
+            flexible_names(trainer.lightning_module),
         )
         self.outputs.adopt(restored.state["outputs"])
         checkpoint = loops.without_loader_states(restored.state["checkpoint"])

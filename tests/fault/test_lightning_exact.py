@@ -19,6 +19,7 @@ OPTIMIZATION: dict[str, tuple[str, ...]] = {
     "manual_pending": ("backward:5", "between:7"),
     "groups": ("forward:3", "mid_copy:9"),
     "lora": ("forward:3", "mid_copy:9"),
+    "shapeless": ("forward:3", "mid_copy:9"),
     "layer_schedule": ("forward:3", "mid_copy:9", "validation:16"),
     "unsaved": ("forward:3", "validation:8", "mid_copy:13"),
     "metrics": ("forward:3", "between:7", "validation:12", "mid_copy:17"),

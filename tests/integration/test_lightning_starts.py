@@ -43,6 +43,16 @@ def test_another_model_is_refused_and_nothing_is_overwritten(lab: Lab, tmp_path:
     assert_same(tmp_path / "alone", tmp_path / "a")
 
 
+def test_a_buffer_that_cannot_be_loaded_is_refused(lab: Lab, tmp_path: Path) -> None:
+    killed(lab, tmp_path / "a", "shapeless")
+    life = lab.life("shapeless_fixed", tmp_path / "b", run_id="run")
+    assert life.codes == [1]
+    assert "ModelChangedError: the snapshot of step 6 of run run cannot be loaded into" in life.said
+    assert "size mismatch for net.5.kept" in life.said
+    life = lab.life("shapeless", tmp_path / "a", run_id="run")
+    assert "resumed from memory at step 6" in life.said
+
+
 def test_optimizers_that_do_not_fit_are_refused(lab: Lab, tmp_path: Path) -> None:
     killed(lab, tmp_path / "a")
     life = lab.life("regrouped", tmp_path / "b", run_id="run")

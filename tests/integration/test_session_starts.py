@@ -80,6 +80,24 @@ def test_another_learning_rate_in_the_program_is_said(live: Live) -> None:
     assert "not exact (changed: optimizer)" in ended.stderr
 
 
+def test_a_layer_that_is_still_lazy_is_resumed(live: Live) -> None:
+    assert live("lazy", "killed").returncode == KILLED
+    ended = live("lazy")
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed from memory at step 6, 0 steps lost" in ended.stderr
+    assert ", exact" in ended.stderr
+
+
+def test_a_buffer_that_cannot_be_loaded_is_refused(live: Live) -> None:
+    assert live("buffer", "killed").returncode == KILLED
+    refused = live("buffer", "wider")
+    assert refused.returncode == 1
+    assert "mnemo.errors.ModelChangedError: the snapshot of step 6 of run gpt cannot be" in (
+        refused.stderr
+    )
+    assert "resumed from memory at step 6, 0 steps lost" in live("buffer").stderr
+
+
 def test_a_setting_of_one_group_is_compared_as_it_was_before_training(live: Live) -> None:
     assert live("decaying", "killed").returncode == KILLED
     ended = live("killed")

@@ -1,7 +1,8 @@
 """A plain loop of ten batches: ``session_starts.py OUT WAY...``; each batch's number goes to OUT.
 
 Ways: ``killed`` in step 7, ``leaves`` by break behind step 4, learns ``faster``, has its only group
-``decaying``, ``adds`` a group of parameters behind step 2, or has it ``added`` before the loop.
+``decaying``, has a ``lazy`` layer, or a ``buffer``, or a ``wider`` one, ``adds`` a group of
+parameters behind step 2, or has it ``added`` before the loop.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import mnemo
 
 def train(out: Path, ways: set[str]) -> None:
     torch.manual_seed(7)
-    model = nn.Sequential(nn.Linear(1, 1000), nn.Linear(1000, 1))
-    first, second = model
+    first = nn.LazyLinear(1000) if "lazy" in ways else nn.Linear(1, 1000)
+    model = nn.Sequential(first, second := nn.Linear(1000, 1))
+    if "buffer" in ways:
+        model.register_buffer("table", torch.zeros(2 if "wider" in ways else 1))
     parameters = first.parameters() if ways & {"adds", "added"} else model.parameters()
     optimizer = torch.optim.SGD(parameters, lr=1e-3 if "faster" in ways else 1e-4, momentum=0.9)
     if "added" in ways:

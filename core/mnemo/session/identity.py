@@ -7,13 +7,14 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch.nn.parameter import is_lazy
 
 from mnemo.config import ResolvedConfig
 from mnemo.errors import IdentityError, ModelChangedError
@@ -173,6 +174,7 @@ def require_same_model(
     prefixes: Sequence[str],
     run_id: str,
     step: int,
+    flexible: Collection[str] = (),
 ) -> None:
     """Compare a snapshot's model tensors with the model that is to be resumed.
 
@@ -182,6 +184,7 @@ def require_same_model(
         prefixes: What these names are preceded by in the snapshot.
         run_id: For the message.
         step: For the message.
+        flexible: See `flexible_names`.
 
     Raises:
         ModelChangedError: Names, shapes or types differ; lists which.
@@ -199,7 +202,9 @@ def require_same_model(
     differ = [
         f"{name}: {_words(then.get(name))} in the snapshot, {_words(now.get(name))} in the model"
         for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and not (name in aliases and name not in then)
+        if then.get(name) != now.get(name)
+        and not (name in aliases and name not in then)
+        and not (name in flexible and _may_fit(then.get(name), now.get(name)))
     ]
     if differ:
         shown = "; ".join(differ[:8]) + (f"; and {len(differ) - 8} more" if len(differ) > 8 else "")
@@ -208,6 +213,34 @@ def require_same_model(
             "Nothing was overwritten. Use another run.id for this model, or run.resume=never to "
             "give the old state up"
         )
+
+
+def flexible_names(model: torch.nn.Module) -> set[str]:
+    """Names of tensors that get their shape from what is loaded, where their module sees to it.
+
+    That is parameters that are still lazy, and buffers; ``load_state_dict`` refuses the others.
+    """
+    return {
+        f"{path}.{name}" if path else name
+        for path, child in model.named_modules()
+        for name in (*child._buffers, *(n for n, p in child._parameters.items() if is_lazy(p)))
+    }
+
+
+def does_not_load(step: int, run_id: str, error: Exception) -> ModelChangedError:
+    """The error for a model whose ``load_state_dict`` refuses the snapshot's state."""
+    return ModelChangedError(
+        f"the snapshot of step {step} of run {run_id} cannot be loaded into this model: {error}. "
+        "The snapshot is kept. Use another run.id for this model, or run.resume=never to give the "
+        "old state up"
+    )
+
+
+_Form = tuple[str, tuple[int, ...]]
+
+
+def _may_fit(then: _Form | None, now: _Form | None) -> bool:
+    return then is not None and (now is None or then[0] == now[0])
 
 
 def _aliases(current: Mapping[str, torch.Tensor]) -> set[str]:
@@ -222,5 +255,5 @@ def _aliases(current: Mapping[str, torch.Tensor]) -> set[str]:
     return found
 
 
-def _words(described: tuple[str, tuple[int, ...]] | None) -> str:
+def _words(described: _Form | None) -> str:
     return "absent" if described is None else f"{described[0]}{list(described[1])}"

@@ -145,7 +145,11 @@ class Keeper:
             return self._finder.find()
 
     def accept(
-        self, restored: Restored, model: Mapping[str, torch.Tensor], prefixes: Sequence[str]
+        self,
+        restored: Restored,
+        model: Mapping[str, torch.Tensor],
+        prefixes: Sequence[str],
+        flexible: Collection[str] = (),
     ) -> None:
         """Training goes on from ``restored``; what was sealed later is void.
 
@@ -153,12 +157,14 @@ class Keeper:
             restored: What `find` found.
             model: The model's tensors by name, to be compared with the snapshot's.
             prefixes: What these names are preceded by in the captured state.
+            flexible: See `mnemo.session.identity.flexible_names`.
 
         Raises:
             ModelChangedError: The snapshot belongs to another model; nothing was touched.
         """
         paths = ["state." + prefix for prefix in prefixes]
-        require_same_model(restored.entries, model, paths, self.identity.run_id, restored.step)
+        run = self.identity.run_id
+        require_same_model(restored.entries, model, paths, run, restored.step, flexible)
         self._link.ask(m.Resume(restored.tick if restored.origin == "memory" else NOTHING), m.Done)
         self._base = restored.base
         self._pace.begin(restored.tick // 2)

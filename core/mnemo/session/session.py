@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from mnemo.config import load_config
 from mnemo.errors import ModelChangedError
 from mnemo.session import announce, prefetch, report
 from mnemo.session.attributes import AttributeWatch
 from mnemo.session.exactness import first_sum_differs
+from mnemo.session.finder import Restored
 from mnemo.session.identity import (
     data_fingerprint,
+    does_not_load,
+    flexible_names,
     group_fingerprints,
     optimizer_fingerprint,
     script_fingerprint,
@@ -199,7 +203,10 @@ class Session:
                 keeper.forget()
             else:
                 keeper.accept(
-                    restored, self._model.state_dict(), [f"model.{p}." for p in MODULE_PARTS]
+                    restored,
+                    self._model.state_dict(),
+                    [f"model.{p}." for p in MODULE_PARTS],
+                    flexible_names(self._model),
                 )
             keeper.begin(
                 {
@@ -215,6 +222,7 @@ class Session:
                 keeper.announce(None)
                 keeper.reserve(self._expected_size())
             else:
+                self._load_model(restored, keeper.identity.run_id)
                 self._load(restored.state)
                 data.prepare(restored.state["position"]["data"], keeper.degraded)
                 notes = (
@@ -265,8 +273,13 @@ class Session:
             state["scheduler"] = self._scheduler.state_dict()
         return state
 
+    def _load_model(self, restored: Restored, run_id: str) -> None:
+        try:
+            self._model.load_state_dict(join_module_state(restored.state["model"]))
+        except RuntimeError as error:
+            raise does_not_load(restored.step, run_id, error) from error
+
     def _load(self, state: dict[str, Any]) -> None:
-        self._model.load_state_dict(join_module_state(state["model"]))
         self._unsaved.restore(state["unsaved"])
         try:
             restore_optimizer(self._optimizer, state["optimizer"])
@@ -308,9 +321,14 @@ class Session:
 
 
 def expected_size(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
-    """Bytes of model and optimizer state, the latter guessed where it does not exist yet."""
+    """Bytes of model and optimizer state, the latter guessed where it does not exist yet.
+
+    What is still lazy has no size yet: it counts as none.
+    """
     size = sum(
-        t.numel() * t.element_size() for t in model.state_dict().values() if torch.is_tensor(t)
+        t.numel() * t.element_size()
+        for t in model.state_dict().values()
+        if torch.is_tensor(t) and not is_lazy(t)
     )
     for optimizer in optimizers:
         known = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
@@ -322,7 +340,7 @@ def expected_size(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optim
             moments * p.numel() * p.element_size()
             for g in optimizer.param_groups
             for p in g["params"]
-            if p.requires_grad
+            if p.requires_grad and not is_lazy(p)
         )
     return size
 
