@@ -43,6 +43,7 @@ class Job:
         steps: How long it trains.
         settings: Environment of all agents.
         flags: More of ``mnemo run``'s.
+        etcd: Where one is; else the nodes host a Store themselves.
     """
 
     network: Network
@@ -51,6 +52,7 @@ class Job:
     steps: int
     settings: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    etcd: str = ""
     agents: dict[int, subprocess.Popen[Any]] = field(default_factory=dict)
     """By host."""
 
@@ -60,10 +62,12 @@ class Job:
 
     def start(self, *hosts: Host) -> None:
         """An agent on each of ``hosts``."""
-        meeting = ",".join(host.address for host in self.network.hosts)
+        hosts_of_stores = ",".join(host.address for host in self.network.hosts)
+        meeting = self.etcd or hosts_of_stores
+        backend = "etcd" if self.etcd else "c10d"
         for host in hosts:
             command = (
-                *(*MNEMO, "run", f"--nnodes={self.nnodes}", "--rdzv-backend=c10d"),
+                *(*MNEMO, "run", f"--nnodes={self.nnodes}", f"--rdzv-backend={backend}"),
                 *(f"--rdzv-endpoint={meeting}", "--rdzv-id=job", "--max-restarts=99", *self.flags),
                 *(str(SCRIPTS / "nodes_train.py"), str(self.directory), str(self.steps)),
             )

@@ -43,7 +43,7 @@ def test_wrong_numbers_of_nodes(text: str) -> None:
     ],
 )
 def test_endpoints(text: str, places: tuple[str, ...]) -> None:
-    assert rendezvous.endpoints(text) == places
+    assert rendezvous.endpoints(text, 29400) == places
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_endpoints(text: str, places: tuple[str, ...]) -> None:
 )
 def test_wrong_endpoints(text: str, said: str) -> None:
     with pytest.raises(LaunchError, match=said):
-        rendezvous.endpoints(text)
+        rendezvous.endpoints(text, 29400)
 
 
 def test_static_meets_where_rank_0_is() -> None:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from mnemo.cli import clean, config, export, rollback, run, status
+from mnemo.cli import clean, config, confirm, export, rollback, run, status
 from mnemo.errors import ConfigError, MnemoError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command()(status.status)
 app.command()(export.export)
 app.command()(rollback.rollback)
 app.command()(clean.clean)
+app.command()(confirm.confirm_lost)
 app.add_typer(config.app, name="config")
 
 

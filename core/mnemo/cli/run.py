@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from mnemo.config import CONFIG_VARIABLE, load_config, overrides_to_environ, parse_duration
 from mnemo.errors import ConfigError, CrashLoopError, LaunchError
 from mnemo.launcher import Agent, LaunchOptions
-from mnemo.launcher.cluster import join
+from mnemo.launcher.joining import join
 from mnemo.launcher.options import (
     choose_run_id,
     count_ranks,
@@ -124,7 +124,7 @@ def run(
     ] = "none",
     role: Annotated[str, _flag("--role", help="ROLE_NAME of the ranks.")] = "default",
     rdzv_backend: Annotated[
-        str, _flag("--rdzv-backend", help="c10d, or static for --master-addr.")
+        str, _flag("--rdzv-backend", help="c10d, etcd, or static for --master-addr.")
     ] = "static",
     rdzv_endpoint: Annotated[
         str,
@@ -181,11 +181,12 @@ def run(
     if nodes != Nodes(1):
         team = join(
             nodes,
+            rdzv_backend,
             meeting_point(rdzv_backend, rdzv_endpoint, master_addr, master_port),
             run_id=run_id,
             ranks=ranks,
             interface=settings.network.interface,
-            run_dir=settings.run.dir,
+            paths=paths,
             wait_s=settings.recover.no_spare,
             say=terminal.say,
         )

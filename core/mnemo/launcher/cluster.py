@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
-import secrets
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
 from mnemo.clock import SystemClock
 from mnemo.config import format_duration
-from mnemo.errors import ConfigError, LaunchError, MembershipRecordError, StoreLostError
+from mnemo.errors import LaunchError, MembershipRecordError, StoreLostError
 from mnemo.launcher import rendezvous
-from mnemo.launcher.c10d import C10dStores
 from mnemo.launcher.restarts import Position
 from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Report
 from mnemo.membership import Driver, Epoch, Machine, Member, Rules, Seal
-from mnemo.transport import auth
-from mnemo.transport.address import host_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
+    from mnemo.launcher.c10d import C10dStores
+    from mnemo.launcher.etcd import EtcdStores
     from mnemo.launcher.rendezvous import Nodes
 
 _POLL_S: Final = 0.1
@@ -62,60 +59,6 @@ class End(msgspec.Struct, frozen=True, array_like=True):
     position: tuple[int, int, int] | None = None
 
 
-def join(
-    nodes: Nodes,
-    endpoint: str,
-    *,
-    run_id: str,
-    ranks: int,
-    interface: str,
-    run_dir: str,
-    wait_s: float,
-    say: Callable[[str], None],
-) -> Cluster:
-    """This node's agent among those of a job.
-
-    Args:
-        nodes: How many there are.
-        endpoint: Where they meet: ``--rdzv-endpoint``.
-        run_id: Of the run.
-        ranks: Of this node.
-        interface: `network.interface`.
-        run_dir: `run.dir`; tells agents on one machine apart.
-        wait_s: Seconds to wait for enough nodes.
-        say: Tells the user.
-
-    Raises:
-        ConfigError: There is no secret, or no such interface.
-        LaunchError: The endpoint is none.
-    """
-    file = os.environ.get("MNEMO_SECRET_FILE")
-    if not file:
-        raise ConfigError(
-            f"--nnodes is {nodes}, and the agents of several nodes need the same secret: set "
-            "MNEMO_SECRET_FILE on all of them to a file that you made with "
-            "'(umask 077; head -c 32 /dev/urandom > FILE)'"
-        )
-    places = rendezvous.endpoints(endpoint)
-    host = host_of(interface)
-    me = Member(
-        node=f"{host} {run_dir}".strip(),
-        incarnation=secrets.token_hex(8),
-        address=host,
-        store=rendezvous.own_place(host, places),
-        ranks=ranks,
-    )
-    return Cluster(
-        me,
-        places,
-        nodes,
-        rules=Rules(nodes=nodes.count, give_up_s=wait_s),
-        seal=Seal(auth.load_or_create_secret(Path(file)), run_id),
-        stores=C10dStores(run_id),
-        say=say,
-    )
-
-
 class Cluster:
     """One node's `mnemo.launcher.team.Team`, told by `mnemo.membership.Driver`.
 
@@ -126,6 +69,7 @@ class Cluster:
         rules: Of the run.
         seal: Of the run.
         stores: Speaks to Stores, and hosts one.
+        verdicts: Where ``mnemo confirm-lost`` leaves the names of nodes that are surely dead.
         say: Tells the user.
     """
 
@@ -137,7 +81,8 @@ class Cluster:
         *,
         rules: Rules,
         seal: Seal,
-        stores: C10dStores,
+        stores: C10dStores | EtcdStores,
+        verdicts: Path,
         say: Callable[[str], None],
     ) -> None:
         self._me = me
@@ -146,6 +91,7 @@ class Cluster:
         self._rules = rules
         self._seal = seal
         self._stores = stores
+        self._verdicts = verdicts
         self._say = say
         self._machine = Machine(me, seal, rules, places, SystemClock().monotonic())
         self._driver = Driver(self._machine, stores, self, rules)
@@ -260,11 +206,39 @@ class Cluster:
                     raise LaunchError(gave_up)
                 self._say(gave_up)
                 return None
+            self._hear_operator()
             why = self._machine.waits_for
             if waited and why and why != said:
-                self._say(f"waiting: {why}")
+                self._say(f"waiting: {why}{self._advice()}")
                 said = why
         return self._granted
+
+    def _hear_operator(self) -> None:
+        """Take what ``mnemo confirm-lost`` has left."""
+        try:
+            names = self._verdicts.read_text().splitlines()
+            self._verdicts.unlink()
+        except FileNotFoundError:
+            return
+        members = self._machine.committed.members if self._machine.committed else ()
+        for name in names:
+            found = [m for m in members if name in (m.address, m.node) and m.key != self._me.key]
+            for member in found:
+                self._machine.confirm_lost(member.key)
+            known = ", ".join(member.address for member in members)
+            self._say(
+                f"{name} is lost, says the operator" if found else f"{name} is none of {known}"
+            )
+
+    def _advice(self) -> str:
+        """What an operator can do where too few members are left to decide by themselves."""
+        if self._rules.arbiter or self._machine.committed is None:
+            return ""
+        others = [m.address for m in self._machine.committed.members if m.key != self._me.key]
+        return (
+            f" (the others are {', '.join(others)}). If some are surely dead: mnemo confirm-lost "
+            f"ADDRESS… --run {self._verdicts.parent.name}"
+        )
 
     async def _await_port(self, epoch: Epoch) -> Port | None:
         while self._granted is epoch:

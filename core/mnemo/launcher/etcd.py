@@ -134,6 +134,9 @@ class EtcdStores:
             self._stores[place] = EtcdStore(place, self._prefix, self._patience_s)
         return self._stores[place]
 
+    async def warm_up(self) -> None:
+        """Nothing is hosted here."""
+
     async def host(self, place: str) -> None:
         """See `mnemo.membership.Stores`: nobody hosts etcd."""
         raise StoreLostError(f"{place} is not hosted by a node")

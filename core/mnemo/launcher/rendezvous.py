@@ -17,14 +17,13 @@ from mnemo.membership.records import HEAD
 from mnemo.transport.address import Address
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mnemo.membership import Stores
 
-DEFAULT_PORT: Final = 29400
-"""torchrun's."""
+PORTS: Final[Mapping[str, int]] = {"static": 29400, "c10d": 29400, "etcd": 2379}
+"""Default port of each backend."""
 _ENDPOINT: Final = re.compile(r"(?P<host>\[[0-9a-fA-F:]+\]|[^:,\[\]]+)(:(?P<port>\d{1,5}))?")
-
-
-BACKENDS: Final = ("static", "c10d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +66,20 @@ def meeting_point(backend: str, endpoint: str, addr: str, port: int | None) -> s
     Raises:
         LaunchError: There is no such backend.
     """
-    if backend not in BACKENDS:
-        msg = f"--rdzv-backend={backend} is none of {', '.join(BACKENDS)}"
+    if backend not in PORTS:
+        msg = f"--rdzv-backend={backend} is none of {', '.join(PORTS)}"
         raise LaunchError(msg)
     if endpoint or backend != "static" or addr == "127.0.0.1":
         return endpoint
-    return f"{addr}:{port or DEFAULT_PORT}"
+    return f"{addr}:{port or PORTS[backend]}"
 
 
-def endpoints(text: str) -> tuple[str, ...]:
+def endpoints(text: str, default_port: int) -> tuple[str, ...]:
     """The places that ``--rdzv-endpoint`` names: ``HOST[:PORT]``, several with commas between.
+
+    Args:
+        text: What it is.
+        default_port: Where none is given.
 
     Raises:
         LaunchError: One of them is none, or there is no such host.
@@ -84,7 +87,7 @@ def endpoints(text: str) -> tuple[str, ...]:
     found = []
     for word in filter(None, (part.strip() for part in text.split(","))):
         match = _ENDPOINT.fullmatch(word)
-        port = int(match["port"] or DEFAULT_PORT) if match else 0
+        port = int(match["port"] or default_port) if match else 0
         if match is None or not 0 < port < 1 << 16:
             msg = f"--rdzv-endpoint={text}: {word} is not HOST or HOST:PORT"
             raise LaunchError(msg)

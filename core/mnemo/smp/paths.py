@@ -93,6 +93,11 @@ class RunPaths:
         return self.directory / "made"
 
     @property
+    def verdicts(self) -> Path:
+        """Addresses of nodes that ``mnemo confirm-lost`` vouches are dead, for `mnemo run`."""
+        return self.directory / "lost"
+
+    @property
     def log(self) -> Path:
         """What the SMP has to say."""
         return self.directory / "smp.log"

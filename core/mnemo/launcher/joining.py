@@ -1,0 +1,82 @@
+"""Makes this node's agent one of a cluster, as flags and settings say."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mnemo.errors import ConfigError
+from mnemo.launcher import rendezvous
+from mnemo.launcher.c10d import C10dStores
+from mnemo.launcher.cluster import Cluster
+from mnemo.launcher.etcd import EtcdStores
+from mnemo.membership import Member, Rules, Seal
+from mnemo.smp.paths import RunPaths, default_parent
+from mnemo.transport import auth
+from mnemo.transport.address import host_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mnemo.launcher.rendezvous import Nodes
+
+
+def join(
+    nodes: Nodes,
+    backend: str,
+    endpoint: str,
+    *,
+    run_id: str,
+    ranks: int,
+    interface: str,
+    paths: RunPaths,
+    wait_s: float,
+    say: Callable[[str], None],
+) -> Cluster:
+    """This node's agent among those of a job.
+
+    Args:
+        nodes: How many there are.
+        backend: ``--rdzv-backend``.
+        endpoint: Where they meet: ``--rdzv-endpoint``.
+        run_id: Of the run.
+        ranks: Of this node.
+        interface: `network.interface`.
+        paths: The run's on this node; tell agents on one machine apart.
+        wait_s: Seconds to wait for enough nodes.
+        say: Tells the user.
+
+    Raises:
+        ConfigError: There is no secret, or no such interface.
+        LaunchError: The endpoint is none.
+    """
+    file = os.environ.get("MNEMO_SECRET_FILE")
+    if not file:
+        raise ConfigError(
+            f"--nnodes is {nodes}, and the agents of several nodes need the same secret: set "
+            "MNEMO_SECRET_FILE on all of them to a file that you made with "
+            "'(umask 077; head -c 32 /dev/urandom > FILE)'"
+        )
+    host = host_of(interface)
+    etcd = backend == "etcd"
+    places = rendezvous.endpoints(endpoint, rendezvous.PORTS[backend])
+    home = paths.directory.parent
+    me = Member(
+        node=host if home == default_parent() else f"{host} {home}",
+        incarnation=secrets.token_hex(8),
+        address=host,
+        store="" if etcd else rendezvous.own_place(host, places),
+        ranks=ranks,
+    )
+    return Cluster(
+        me,
+        tuple(f"http://{place}" for place in places[:1]) if etcd else places,
+        nodes,
+        rules=Rules(nodes=nodes.count, give_up_s=wait_s, arbiter=etcd),
+        seal=Seal(auth.load_or_create_secret(Path(file)), run_id),
+        stores=EtcdStores(run_id) if etcd else C10dStores(run_id),
+        verdicts=paths.verdicts,
+        say=say,
+    )
