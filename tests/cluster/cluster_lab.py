@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from mnemo.errors import SmpError
+from mnemo.smp.client import SmpClient
+from mnemo.smp.paths import RunPaths
 from mnemo.transport import auth
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.directory.mkdir()
-        auth.load_or_create_secret(self.directory / "secret")
+        self.secret = auth.load_or_create_secret(self.directory / "secret")
 
     def start(self, *hosts: Host) -> None:
         """An agent on each of ``hosts``."""
@@ -79,6 +82,7 @@ class Job:
     def _environ(self, host: Host) -> dict[str, str]:
         return {
             **os.environ,
+            "MNEMO_PROTECT__RATE": "1GB/s",
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "wire",
             "MNEMO_SECRET_FILE": str(self.directory / "secret"),
@@ -115,6 +119,19 @@ class Job:
     def reach(self, step: int) -> None:
         """Wait until it has been done."""
         until(f"step {step} is not reached", lambda: self.steps_done() >= step)
+
+    def protected_step(self, *hosts: Host) -> int:
+        """Step that all of ``hosts`` keep protected, -1 for none."""
+        return min(self._protected(host) for host in hosts)
+
+    def _protected(self, host: Host) -> int:
+        paths = RunPaths.of("job", host.home / "run")
+        try:
+            with SmpClient.connect(paths, self.secret, PATIENCE_S) as client:
+                fits = client.status()["fits"]
+        except (SmpError, OSError):
+            return -1
+        return fits[0]["protect"]["step"] if fits and fits[0]["protect"] else -1
 
     def codes(self, *hosts: Host) -> list[int]:
         """Exit codes of the agents of ``hosts``, which end by themselves."""

@@ -2,33 +2,112 @@
 
 from __future__ import annotations
 
+import random
+import time
 from pathlib import Path
 
 import netns
-from cluster_lab import Job
+import pytest
+from cluster_lab import Job, until
 
-STEPS = 60
+Result = list[tuple[str, dict[int, str]]]
 
 
-def undisturbed(tmp_path: Path, nodes: int) -> list[tuple[str, dict[int, str]]]:
+def job_of(net: netns.Network, directory: Path, nodes: str, code: str, steps: int) -> Job:
+    return Job(net, directory, nodes, steps, {"MNEMO_PROTECT__NODES": code})
+
+
+def undisturbed(directory: Path, nodes: int, code: str, steps: int) -> Result:
     """What a training has in the end that nobody disturbs."""
-    (tmp_path / "control").mkdir()
-    with netns.network(tmp_path / "control", nodes) as net:
-        job = Job(net, tmp_path / "control-job", str(nodes), STEPS, {"MNEMO_PROTECT__NODES": "2+1"})
+    directory.mkdir()
+    with netns.network(directory, nodes) as net:
+        job = job_of(net, directory / "job", str(nodes), code, steps)
         with job.explained():
             job.start(*net.hosts)
             assert job.codes() == [0] * nodes
         return job.result(nodes)
 
 
-def test_a_spare_takes_the_place_of_node_0(tmp_path: Path) -> None:
-    """Which hosted the Store, rank 0's store and the journal."""
-    control = undisturbed(tmp_path, 3)
+def test_a_spare_takes_the_place_of_the_node_with_the_store(tmp_path: Path) -> None:
+    """It hosted rank 0, its store and the journal, too."""
+    control = undisturbed(tmp_path / "control", 3, "2+1", 300)
     with netns.network(tmp_path, 4) as net:
-        job = Job(net, tmp_path / "job", "3:4", STEPS, {"MNEMO_PROTECT__NODES": "2+1"})
+        job = job_of(net, tmp_path / "job", "3:4", "2+1", 300)
         with job.explained():
-            job.start(*net.hosts)
-            job.reach(20)
+            job.start(*net.hosts[:3])
+            job.reach(5)
+            job.start(net.hosts[3])
+            until("a protected step", lambda: job.protected_step(*net.hosts[:3]) >= 5)
             net.hosts[0].lose()
             assert job.codes(*net.hosts[1:]) == [0, 0, 0]
+            assert "node 10.77.0.10 was lost" in job.said(net.hosts[1])
+            assert "node 10.77.0.10 was lost → resumed from memory at step" in job.said()
         assert job.result(3) == control
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+def test_thirty_nodes_are_lost_one_after_another(tmp_path: Path, seed: int) -> None:
+    """Any of four, the Store's host among them; a new one comes in its place each time."""
+    chance = random.Random(seed)
+    steps = 60 + 40 * 30
+    control = undisturbed(tmp_path / "control", 4, "3+1", steps)
+    with netns.network(tmp_path, 4) as net:
+        job = job_of(net, tmp_path / "job", "4", "3+1", steps)
+        with job.explained():
+            job.start(*net.hosts)
+            for number in range(30):
+                reached = job.steps_done()
+                until("all go on", lambda reached=reached: job.steps_done() > reached)
+                until(
+                    "a protected step",
+                    lambda reached=reached: job.protected_step(*net.hosts) > reached,
+                )
+                goal = job.steps_done() + chance.randint(1, 15)
+                job.reach(goal)
+                time.sleep(chance.random() * 0.02)  # somewhere within a step
+                host = chance.choice(net.hosts)
+                at, began = job.steps_done(), time.monotonic()
+                host.lose()
+                job.start(host)
+                until("the job comes back", lambda at=at: job.steps_done() > at)
+                took = time.monotonic() - began
+                print(f"loss {number}: host {host.number} at step {at}, back after {took:.1f} s")
+            assert job.codes() == [0] * 4
+        assert job.result(4) == control
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1200)
+def test_a_second_node_is_lost_while_the_first_comes_back(tmp_path: Path, seed: int) -> None:
+    """Two parities: both come back, whatever the moment."""
+    chance = random.Random(seed)
+    control = undisturbed(tmp_path / "control", 4, "2+2", 400)
+    with netns.network(tmp_path, 4) as net:
+        job = job_of(net, tmp_path / "job", "4", "2+2", 400)
+        with job.explained():
+            job.start(*net.hosts)
+            for delay_s in (1.0, 4.0, 7.0, 10.0):
+                reached = job.steps_done()
+                until(
+                    "a protected step",
+                    lambda reached=reached: job.protected_step(*net.hosts) > reached,
+                )
+                first, second = chance.sample(net.hosts, 2)
+                first.lose()
+                job.start(first)
+                time.sleep(delay_s)
+                second.lose()
+                job.start(second)
+                at = job.steps_done()
+                until("the job comes back", lambda at=at: job.steps_done() > at)
+            assert job.codes() == [0] * 4
+        assert job.result(4) == control
+
+
+def test_a_spare_that_is_not_needed_ends_with_the_job(tmp_path: Path) -> None:
+    with netns.network(tmp_path, 3) as net:
+        job = job_of(net, tmp_path / "job", "2:3", "1+1", 40)
+        with job.explained():
+            job.start(*net.hosts)
+            assert job.codes() == [0, 0, 0]

@@ -62,6 +62,7 @@ def test_without_a_majority_all_pause_until_the_operator_speaks(tmp_path: Path) 
         with job.explained():
             job.start(*net.hosts)
             job.reach(20)
+            until("a protected step", lambda: job.protected_step(*members(job)) > 0)
             hub = net.hosts[0]  # has the Store, as a member or as a spare
             others = [host for host in members(job) if host is not hub]
             lost = [hub, *others[: 1 if _ranks(hub) else 2]]
@@ -90,6 +91,7 @@ def test_with_etcd_two_of_four_go_on(tmp_path: Path, seed: int) -> None:
         with job.explained():
             job.start(*net.hosts[:6])
             job.reach(20)
+            until("a protected step", lambda: job.protected_step(*members(job)) > 0)
             lost = random.Random(seed).sample(members(job), 2)
             for host in lost:
                 host.lose()

@@ -21,6 +21,7 @@ from mnemo.launcher.cause import OomWatch, describe, is_refusal
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
 from mnemo.launcher.life import Life
 from mnemo.launcher.restarts import CRASH_LOOP, Ended, Failed, Position, RestartPolicy, judge
+from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Alone, Report, Team
 from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from mnemo.launcher.options import LaunchOptions
     from mnemo.launcher.output import Terminal
-    from mnemo.launcher.seat import Seat
     from mnemo.launcher.worker import Worker
     from mnemo.recovery.journal import Journal
 
@@ -178,11 +178,12 @@ class Agent:
         life = self._life = Life(self._options.log_dir)
         patience_s = 0.0
         try:
-            self._seat = await self._unless_stopped(self._team.take_seat(life.port))
-            if self._seat is None:
-                return None if self._stopped_by else EXIT_STATE_SAVED
-            self._take_note(life, self._seat)
-            self._start(life, self._seat)
+            seat = await self._unless_stopped(self._team.take_seat(life.port))
+            if not isinstance(seat, Seat):
+                return seat.code if seat else None
+            self._seat = seat
+            self._take_note(life, seat)
+            self._start(life, seat)
             verdict = await self._supervise(life)
             if verdict == Ended(0):
                 patience_s = self._options.grace_s

@@ -17,10 +17,11 @@ from mnemo.clock import SystemClock
 from mnemo.config import format_duration
 from mnemo.errors import LaunchError, MembershipRecordError, StoreLostError
 from mnemo.launcher import rendezvous
-from mnemo.launcher.restarts import Position
+from mnemo.launcher.restarts import Ended, Position
 from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Report
 from mnemo.membership import Driver, Epoch, Machine, Member, Rules, Seal
+from mnemo.types import EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -136,7 +137,7 @@ class Cluster:
         """See `Team.watch`."""
         self._changed = changed
 
-    async def take_seat(self, port: int) -> Seat | None:
+    async def take_seat(self, port: int) -> Seat | Ended:
         """See `Team.take_seat`."""
         self._idle.set()
         if self._driving is None:
@@ -144,8 +145,8 @@ class Cluster:
             self._driving = asyncio.create_task(self._driver.run())
         while True:
             epoch = await self._next_epoch()
-            if epoch is None:
-                return None
+            if isinstance(epoch, Ended):
+                return epoch
             self._idle.clear()
             me = epoch.rank_of(self._me.key)
             assert me is not None
@@ -182,19 +183,19 @@ class Cluster:
             msg = f"{error}; use another port in --rdzv-endpoint, on all nodes"
             raise LaunchError(msg) from error
 
-    async def _next_epoch(self) -> Epoch | None:
-        """Wait for it, and say what it is that one waits for; None if it does not come."""
+    async def _next_epoch(self) -> Epoch | Ended:
+        """Wait for it, and say what it is that one waits for; the job's end if that comes first."""
         assert self._driving is not None
-        said = ""
+        loop = asyncio.get_running_loop()
+        said, begun = "", loop.time()
         while self._granted is None or self._granted is self._epoch:
             self._change.clear()
             changed = asyncio.ensure_future(self._change.wait())
             await asyncio.wait(
                 {changed, self._driving},
-                timeout=_SILENCE_S,
+                timeout=1.0,
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            waited = not changed.cancel() if changed.done() else True
             changed.cancel()
             if self._driving.done():
                 self._driving.result()
@@ -205,13 +206,25 @@ class Cluster:
                 if self._epoch is None:
                     raise LaunchError(gave_up)
                 self._say(gave_up)
-                return None
+                return Ended(EXIT_STATE_SAVED)
+            if (end := await self._end_of_job()) is not None:
+                return end
             self._hear_operator()
             why = self._machine.waits_for
-            if waited and why and why != said:
+            if loop.time() - begun > _SILENCE_S and why and why != said:
                 self._say(f"waiting: {why}{self._advice()}")
                 said = why
         return self._granted
+
+    async def _end_of_job(self) -> Ended | None:
+        """That others have ended it, as a spare learns."""
+        if not self._machine.place:
+            return None
+        with contextlib.suppress(StoreLostError):
+            end = await self._read("over", End)
+            if end is not None:
+                return Ended(end.code or 0)
+        return None
 
     def _hear_operator(self) -> None:
         """Take what ``mnemo confirm-lost`` has left."""
@@ -232,7 +245,7 @@ class Cluster:
 
     def _advice(self) -> str:
         """What an operator can do where too few members are left to decide by themselves."""
-        if self._rules.arbiter or self._machine.committed is None:
+        if self._rules.arbiter or self._machine.committed is None or not self._machine.is_stuck:
             return ""
         others = [m.address for m in self._machine.committed.members if m.key != self._me.key]
         return (
@@ -283,8 +296,11 @@ class Cluster:
         assert self._epoch is not None
         at = report.position
         position = (at.epoch, at.batch, at.step) if at else None
+        end = End(report.code, report.cause, position)
         with contextlib.suppress(StoreLostError):
-            await self._put(f"end/{self._epoch.number}", End(report.code, report.cause, position))
+            await self._put(f"end/{self._epoch.number}", end)
+            if report.code is not None:
+                await self._put("over", end)
         self._driver.end_epoch()
 
     async def all_ended(self, code: int) -> int | None:
@@ -300,6 +316,7 @@ class Cluster:
                 ends = [await self._read(key, End) for key in keys]
                 codes = [end.code or 0 for end in ends if end is not None]
                 if len(codes) == len(keys):
+                    await self._put("over", End(max(codes)))
                     return max(codes)
             await asyncio.sleep(_POLL_S)
         return None
@@ -316,14 +333,12 @@ class Cluster:
 
     async def _part(self) -> None:
         """Whoever hosts the Store leaves last."""
-        epoch, me = self._epoch, self._me
-        if epoch is None:
+        await self._put(f"left/{self._me.key}", End(0))
+        if self._machine.place != self._me.store:
             return
-        await self._put(f"left/{epoch.number}/{me.key}", End(0))
-        if self._machine.place != me.store:
-            return
-        for member in epoch.members:
-            while await self._read(f"left/{epoch.number}/{member.key}", End) is None:
+        members = {member.key for member in self._epoch.members} if self._epoch else set()
+        for key in members | self._machine.present:
+            while await self._read(f"left/{key}", End) is None:
                 await asyncio.sleep(_POLL_S)
 
     # --- the launcher's records ---------------------------------------------------------------

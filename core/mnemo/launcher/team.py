@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from mnemo.launcher.restarts import Position
+from mnemo.launcher.restarts import Ended, Position
 from mnemo.launcher.seat import Seat
 
 if TYPE_CHECKING:
@@ -36,17 +36,17 @@ class Team(Protocol):
         """What stands behind the number of this node's ranks."""
         ...
 
-    async def take_seat(self, port: int) -> Seat | None:
+    async def take_seat(self, port: int) -> Seat | Ended:
         """Wait until all nodes of the next life are there.
 
         Args:
             port: Where this node's first rank could host the ranks' store.
 
         Returns:
-            None where one is missing for too long, but there was a life before.
+            The end of the job, where others have ended it, or one is missing for too long.
 
         Raises:
-            LaunchError: One is missing for too long.
+            LaunchError: One is missing for too long, and there was no life before.
         """
         ...
 

@@ -139,7 +139,19 @@ class Machine:
             return "a member was lost, and no other node is here in its place"
         if self.committed is not None and now >= self._held:
             return "too few members are here to decide"
+        if self.committed is not None and not self._is_in(self.committed):
+            return "this node is a spare"
         return "the nodes agree"
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it waits for a quorum, or the operator's word (`confirm_lost`)."""
+        return self._is_in(self.committed) and self.waits_for.startswith(("no Store", "too few"))
+
+    @property
+    def present(self) -> frozenset[str]:
+        """Keys of the agents that take part, as far as this one has looked."""
+        return frozenset(self._seat.living() if self._seat else ())
 
     @property
     def has_given_up(self) -> bool:
@@ -196,6 +208,8 @@ class Machine:
             self.committed = epoch
         if self._accepted and self.committed and self._accepted.number <= self.committed.number:
             self._accepted = None
+        if epoch and not state.over and not state.proposed and not self._is_in(epoch):
+            self._idle_since = self._moment.now  # others run: a spare waits as long as they do
         for known in (epoch, state.proposed):
             for member in reversed(known.members if known else ()):
                 if member.store:

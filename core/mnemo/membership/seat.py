@@ -73,6 +73,10 @@ class Seat:
 
     # --- what it says -------------------------------------------------------------------------
 
+    def living(self) -> dict[str, Member]:
+        """Agents that are not lost, by key, as far as this one has looked."""
+        return self._roll.living()
+
     def say_hello(self, hello: Hello) -> Turn:
         """Take a slot, if it has none yet."""
         if self._slot:
