@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -266,6 +267,30 @@ def test_sigterm_on_one_node_stops_all_at_the_same_step(
     assert len(done) == 1
     said = made.run()
     assert f"resumed from memory at step {done.pop()}, 0 steps lost" in said
+
+
+def test_a_hung_snapshot_process_holds_nobody_up_at_the_end(
+    cluster: Callable[..., Cluster],
+) -> None:
+    made = cluster(steps=600, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
+    made.settings["MNEMO_RECOVER__GRACE"] = "9s"
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 0)
+        record = made.paths(1).read_record()
+        assert record is not None
+        os.kill(record.pid, signal.SIGSTOP)
+        try:
+            os.kill(ranks[0].pid, signal.SIGTERM)
+            begun = time.monotonic()
+            assert [rank.wait() for rank in ranks] == [EXIT_STATE_SAVED] * 2
+            assert time.monotonic() - begun < 15
+        finally:
+            os.kill(record.pid, signal.SIGCONT)
+    assert (
+        "is saved is not known: rank 1: the snapshot process did not answer within" in made.said[0]
+    )
+    assert "is saved (" not in made.said[0]
+    assert "resumed from memory at step" in made.run()
 
 
 def test_nothing_is_given_up_while_other_nodes_cannot_be_reached(

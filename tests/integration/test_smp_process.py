@@ -478,7 +478,7 @@ def test_a_connection_dropped_at_each_point(paths: RunPaths, rank: Rank) -> None
     for requests in (
         (m.Join(1, 0, 1, 60.0),),
         (m.Join(1, 0, 1, 60.0), m.Begin(1, 1, 1000)),
-        (m.Join(1, 0, 1, 60.0), m.Flush()),
+        (m.Join(1, 0, 1, 60.0), m.Flush(1)),
         (m.Join(1, 0, 1, 60.0), m.Leave(finished=False)),
         (m.Status(),),
     ):
@@ -630,7 +630,7 @@ def test_generations_are_persisted_as_they_were_sealed(paths: RunPaths, tmp_path
     for tick in (1, 2, 3):
         for rank in ranks:
             rank.write(tick)
-    assert ranks[0].client.ask(m.Flush(), m.Flushed)[0] == m.Flushed(30)
+    assert ranks[0].client.ask(m.Flush(0), m.Flushed)[0] == m.Flushed(30)
     store = CheckpointStore(str(tmp_path), run_id="lab")
     newest = store.checkpoints()[0]
     assert (newest.step, newest.meta) == (30, {"tick": 3, "members": 2})
@@ -650,11 +650,11 @@ def test_generations_are_persisted_as_they_were_sealed(paths: RunPaths, tmp_path
 def test_a_flipped_byte_is_not_persisted(paths: RunPaths, tmp_path: Path) -> None:
     rank = Rank.join(paths, persist=settings(tmp_path, 3600.0))
     rank.write(1)
-    assert rank.client.ask(m.Flush(), m.Flushed)[0] == m.Flushed(10)
+    assert rank.client.ask(m.Flush(0), m.Flushed)[0] == m.Flushed(10)
     granted = rank.begin(2)
     rank.finish(granted, 2)
     os.pwrite(rank.held[granted.index], b"\xff\x00\xff", segment.PAGE + 12345)
-    assert rank.client.ask(m.Flush(), m.Flushed)[0] == m.Flushed(10)
+    assert rank.client.ask(m.Flush(0), m.Flushed)[0] == m.Flushed(10)
     assert stored_steps(tmp_path) == [10]
     assert "chunk 0 of snapshot step 20 is damaged" in rank.fit()["persist"]["failure"]
     rank.close()
@@ -735,7 +735,7 @@ def test_the_next_life_has_its_own_place_for_checkpoints(paths: RunPaths, tmp_pa
     rank = Rank.join(paths, persist=settings(old, 3600.0))
     pid = rank.client.pid
     rank.write(1)
-    rank.client.ask(m.Flush(), m.Flushed)
+    rank.client.ask(m.Flush(0), m.Flushed)
     rank.close()
     rank = Rank.join(paths, persist=settings(new, 0.0))
     assert (rank.client.pid, rank.fit()["persist"]["newest_step"]) == (pid, -1)
@@ -746,7 +746,7 @@ def test_the_next_life_has_its_own_place_for_checkpoints(paths: RunPaths, tmp_pa
     rank = Rank.join(paths)
     assert rank.fit()["persist"] is None
     rank.write(3)
-    assert rank.client.ask(m.Flush(), m.Flushed)[0].step == -1
+    assert rank.client.ask(m.Flush(0), m.Flushed)[0].step == -1
     rank.close()
     assert (stored_steps(old), stored_steps(new)) == ([10], [20])
 
@@ -756,12 +756,12 @@ def test_what_is_persisted_is_of_the_training_that_goes_on(paths: RunPaths, tmp_
     rank = Rank.join(paths, persist=settings(tmp_path, 3600.0))
     for tick in (1, 2):
         rank.write(tick)
-    assert rank.client.ask(m.Flush(), m.Flushed)[0] == m.Flushed(20)
+    assert rank.client.ask(m.Flush(0), m.Flushed)[0] == m.Flushed(20)
     rank.client.tell(m.Resume(1))
     assert rank.newest() == (1, {0: content(0, 1)})
-    assert rank.client.ask(m.Flush(), m.Flushed)[0] == m.Flushed(10)
+    assert rank.client.ask(m.Flush(0), m.Flushed)[0] == m.Flushed(10)
     rank.write(2)
-    assert rank.client.ask(m.Flush(), m.Flushed)[0] == m.Flushed(20)
+    assert rank.client.ask(m.Flush(0), m.Flushed)[0] == m.Flushed(20)
     rank.close()
 
 
@@ -770,7 +770,7 @@ def test_a_store_that_fails_is_named_and_training_goes_on(paths: RunPaths, tmp_p
     rank = Rank.join(paths, persist=settings(tmp_path / "file"))
     for tick in range(1, 6):
         assert rank.write(tick).committed == m.Generation(tick, tick * 10)
-    assert rank.client.ask(m.Flush(), m.Flushed)[0] == m.Flushed(-1)
+    assert rank.client.ask(m.Flush(0), m.Flushed)[0] == m.Flushed(-1)
     assert rank.fit()["persist"]["failure"]
     assert rank.client.status()["counts"]["persist_failed"] >= 1
     rank.close()

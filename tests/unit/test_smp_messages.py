@@ -33,7 +33,7 @@ REQUESTS: tuple[m.Message, ...] = (
     m.Finish(),
     m.Over(),
     m.Leave(finished=True),
-    m.Flush(),
+    m.Flush(0),
     m.Status(),
     m.Attend(),
     m.Shutdown(force=True),

@@ -13,13 +13,13 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from mnemo import faults
 from mnemo.config import Overrun, ResolvedConfig, Resume
-from mnemo.errors import ConfigError, IdentityError, MnemoError, ProtectionError, SmpError
+from mnemo.errors import ConfigError, IdentityError, ProtectionError, SmpError
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import afterwards, announce, nodes, report
 from mnemo.session.accord import Accord
@@ -29,6 +29,7 @@ from mnemo.session.identity import RunIdentity, describe_changes, launch_of, req
 from mnemo.session.losses import Losses
 from mnemo.session.pace import Pace
 from mnemo.session.place import Place
+from mnemo.session.saved import Saved, ask_what_is_saved
 from mnemo.session.sources import NOTHING
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
@@ -39,6 +40,9 @@ from mnemo.snapshot.rng import capture_rng
 from mnemo.transport import auth
 
 log = logging.getLogger("mnemo")
+
+_PARTING_S: Final = 1.0
+"""That, where the program is about to end."""
 
 
 class End(enum.Enum):
@@ -118,6 +122,8 @@ class Keeper:
         )
         self._engine: SnapshotEngine | None = None
         self._stopping = False
+        self._patience_s = 60.0
+        """How long the end of the fit waits for the snapshot process, at each thing."""
         self._base = 0
         """Boundaries that count as done before the run was begun anew."""
         self._losses = Losses(self._link, self.degraded)
@@ -353,35 +359,28 @@ class Keeper:
         """Wait until the newest snapshot is sealed or given up."""
         return self._engine is None or self._engine.finish(timeout_s)
 
-    def kept_step(self) -> int | None:
-        """Step of the newest snapshot in memory that all ranks of this node have sealed."""
-        try:
-            return self._link.kept_step()
-        except MnemoError as error:
-            self.degraded("smp lost", str(error))
-            return None
+    def saved(self, timeout_s: float) -> Saved:
+        """What of this node is safe, once its first rank had the newest snapshot persisted.
 
-    def flush(self, timeout_s: float) -> int | None:
-        """Seal and persist the newest snapshot; the step that is on storage, None if none is."""
-        self.settle(timeout_s)
-        if self._persist is None:
-            return None
-        try:
-            done, _ = self._link.ask(m.Flush(), m.Flushed, timeout_s=timeout_s)
-        except MnemoError as error:
-            self.degraded("persist failed", str(error))
-            return None
-        return done.step if done.step >= 0 else None
+        To be called right before `close`, which then hardly waits for the snapshot process either.
+        """
+        self._patience_s = _PARTING_S
+        store = self._persist is not None and self.place.local_rank == 0
+        found = ask_what_is_saved(self.paths, self.fit, store=store, timeout_s=timeout_s)
+        for why in filter(None, (found.failure, found.not_stored)):
+            self.degraded("not known to be saved", why)
+        return found
 
     # --- end ----------------------------------------------------------------------------------
 
     def close(self, end: End) -> None:
         """End this fit."""
+        idle = True
         if end is End.FINISHED:
             self._pace.close()
         if self._engine is not None:
-            self._engine.finish(60.0)
-            self._engine.close()
+            self._engine.finish(self._patience_s)
+            idle = self._engine.close(self._patience_s)
             counters = self._engine.counters
             self._engine = None
             announce.note_ended(
@@ -394,8 +393,8 @@ class Keeper:
             )
         if end is End.FINISHED:
             afterwards.keep(self._link)
-        else:
-            self._link.leave(finished=end is End.GIVEN_UP)
+        elif idle:  # else it is asked something still: the end of this process tells it
+            self._link.leave(finished=end is End.GIVEN_UP, timeout_s=self._patience_s)
 
     def degraded(self, kind: str, words: str) -> None:
         """A degradation: logged and recorded; training goes on."""

@@ -280,11 +280,6 @@ class Fit:
         self.commits.look()
         self.wake()
 
-    async def flush(self, seat: Seat, request: m.Flush) -> Answer:
-        """See `m.Flush`."""
-        del seat, request
-        return m.Flushed(await self.commits.flush()), []
-
     # --- memory -------------------------------------------------------------------------------
 
     def _release(self, rank: int, indexes: list[int]) -> None:

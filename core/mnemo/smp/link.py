@@ -106,16 +106,6 @@ class Link:
             self._replace(client, str(error))
             raise
 
-    def kept_step(self) -> int | None:
-        """Step of the newest generation that all ranks have sealed, None if there is none.
-
-        Raises:
-            SmpError: See `ask`.
-        """
-        found, fds = self.ask(m.Fetch(), m.Fetched)
-        close_all(fds)
-        return None if found.generation is None else found.generation.step
-
     def look(self) -> None:
         """Replace the SMP if it has died since the last request; call it now and then.
 
@@ -175,8 +165,8 @@ class Link:
             self._client.tell(m.Over(), timeout_s=_FAREWELL_S)
         self.close()
 
-    def leave(self, *, finished: bool) -> None:
+    def leave(self, *, finished: bool, timeout_s: float = REPLY_TIMEOUT_S) -> None:
         """End this fit and hang up; ``finished`` gives its memory back once all ranks say so."""
         with contextlib.suppress(SmpError):
-            self._client.tell(m.Leave(finished))
+            self._client.tell(m.Leave(finished), timeout_s=timeout_s)
         self.close()

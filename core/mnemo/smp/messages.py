@@ -249,6 +249,8 @@ class Leave(Message, frozen=True):
 class Flush(Message, frozen=True):
     """Persist the newest committed generation now, and answer when that is done."""
 
+    fit: Count
+
 
 class Flushed(Message, frozen=True):
     """Step of the newest checkpoint on storage, or -1."""

@@ -49,7 +49,6 @@ _OF_SEATED: Final[dict[type[m.Message], Callable[[Fit, Seat, Any], Awaitable[Ans
     m.Resume: Fit.resume,
     m.Finish: Fit.finish,
     m.Leave: Fit.leave,
-    m.Flush: Fit.flush,
 }
 
 
@@ -266,6 +265,9 @@ class Server:
             return self._listen(request), []
         if isinstance(request, m.Fetch):
             return self._fetch(client, request)
+        if isinstance(request, m.Flush):
+            fit = self._fits.get(request.fit)
+            return m.Flushed(-1 if fit is None else await fit.commits.flush()), []
         if isinstance(request, m.Status):
             return m.StatusReply(msgspec.json.encode(self.status())), []
         if isinstance(request, m.Attend | m.Shutdown | m.Rollback):

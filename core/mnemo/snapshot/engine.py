@@ -167,14 +167,15 @@ class SnapshotEngine:
             return True
         return job.done.wait(timeout_s)
 
-    def close(self) -> None:
-        """End the copy thread. The link stays open."""
+    def close(self, timeout_s: float = _CLOSE_LIMIT_S) -> bool:
+        """End the copy thread; False if it still waits for the SMP. The link stays open."""
         self._jobs.put(None)
-        self._thread.join(_CLOSE_LIMIT_S)
+        self._thread.join(min(timeout_s, _CLOSE_LIMIT_S))
         if self._thread.is_alive():
-            return  # it waits for the SMP; nothing is lost with it
+            return False  # nothing is lost with it
         self._plan = self._job = None
         self._drop_maps(set())
+        return True
 
     # --- the copy thread ----------------------------------------------------------------------
 
