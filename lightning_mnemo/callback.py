@@ -104,7 +104,7 @@ class MnemoCallback(pl.Callback):
         keeper, resume, hooks = self._keeper, self._resume, self._hooks
         if keeper is None or resume is None or hooks is None:
             return
-        keeper.begin({**fingerprints(trainer), **resume.groups})
+        keeper.begin({**fingerprints(trainer), **resume.made})
         if resume.restored is None:
             resume.announce_without()
             keeper.reserve(expected_size(pl_module, trainer.optimizers))

@@ -38,8 +38,8 @@ _IN_WORKERS = (
 )
 _READ_AGAIN = "a loader without sampler and state was read again from its beginning"
 _OTHER_ORDER = (
-    "the order of batches is not the one of the interrupted epoch: "
-    "its sampler draws from a source that mnemo does not know"
+    "the order of batches is not the one of the interrupted epoch: the data has changed, or its "
+    "sampler draws from a source that mnemo does not know"
 )
 
 

@@ -14,13 +14,14 @@ from lightning_mnemo import loops
 from lightning_mnemo.checks import optimizers_differ
 from lightning_mnemo.data import DataPosition
 from lightning_mnemo.extras import Extras
+from lightning_mnemo.identity import as_built, as_configured
 from lightning_mnemo.metrics import restore_metrics
 from lightning_mnemo.outputs import Outputs
 from lightning_mnemo.searches import Searches
 from mnemo.session.announce import Start
 from mnemo.session.exactness import first_sum_differs
 from mnemo.session.finder import Restored
-from mnemo.session.identity import does_not_load, flexible_names, group_fingerprints
+from mnemo.session.identity import does_not_load, flexible_names
 from mnemo.session.keeper import Keeper
 from mnemo.session.report import say
 from mnemo.snapshot.listing import keep_types
@@ -55,8 +56,8 @@ class Resume:
         """What is to be gone on from; None once that is done."""
         self.lightnings: tuple[str, int] | None = None
         """File and step that Lightning itself goes on from."""
-        self.groups: dict[str, str] = {}
-        """Fingerprints of the optimizers' groups as the program made them."""
+        self.made: dict[str, str] = {}
+        """Fingerprints of what a resume and training write into, as the program made it."""
         self.data = DataPosition(trainer, seed_samples=seed_samples)
         self.outputs = Outputs(trainer)
         self.searches = Searches(trainer, keeper)
@@ -98,7 +99,7 @@ class Resume:
         self, trainer: pl.Trainer, original: Callable[..., None], *args: Any, **named: Any
     ) -> None:
         original(*args, **named)
-        self.groups = group_fingerprints(trainer.optimizers)
+        self.made |= as_configured(trainer)
 
     def _around_load_model(
         self, trainer: pl.Trainer, original: Callable[..., None], *args: Any, **named: Any
@@ -136,6 +137,7 @@ class Resume:
     ) -> None:
         """Lightning asks what to resume from."""
         original(checkpoint_path, **options)
+        self.made |= as_built(trainer)
         if checkpoint_path:
             self._weigh(str(checkpoint_path))
         restored = self.restored

@@ -65,9 +65,18 @@ def test_optimizers_that_do_not_fit_are_refused(lab: Lab, tmp_path: Path) -> Non
 def test_what_has_changed_is_listed(lab: Lab, tmp_path: Path) -> None:
     killed(lab, tmp_path / "a")
     life = lab.life("changed", tmp_path / "b", run_id="run")
-    assert "changed since the snapshot: data, hyperparameters, optimizer" in life.said
+    assert "changed since the snapshot: data, hyperparameters, optimizer, scheduler" in life.said
     [record] = [r for r in records("run") if r["event"] == "changed"]
-    assert record["what"] == ["data", "hyperparameters", "optimizer"]
+    assert record["what"] == ["data", "hyperparameters", "optimizer", "scheduler"]
+
+
+def test_what_no_tensor_shows_is_listed_too(lab: Lab, tmp_path: Path) -> None:
+    killed(lab, tmp_path / "a")
+    life = lab.life("subtly_changed", tmp_path / "b", run_id="run")
+    assert (
+        "changed since the snapshot: accumulate_grad_batches, gradient_clip_val, "
+        "limit_train_batches, model, precision, scheduler\n"
+    ) in life.said
 
 
 def test_another_learning_rate_is_a_change_of_the_optimizer(lab: Lab, tmp_path: Path) -> None:

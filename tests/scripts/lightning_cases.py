@@ -1043,6 +1043,23 @@ def changed(out):
     return Case(model, loader(64, batch_size=4), val())
 
 
+def subtly_changed(out):
+    """`plain` with another layer, schedule and precision, and other arguments of the trainer."""
+
+    class Changed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[2] = nn.GELU()
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.7)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    options = {"precision": "bf16-mixed", "gradient_clip_val": 0.5, "limit_train_batches": 7}
+    return Case(Changed(), loader(), val(), {**options, "accumulate_grad_batches": 2})
+
+
 def faster(out):
     """`plain` with another learning rate."""
 

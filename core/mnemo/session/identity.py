@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -25,9 +21,6 @@ from mnemo.snapshot.tree import is_plain
 _SOURCES = ("MNEMO_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 _UNSET = ("", "none")
 """torchrun without ``--rdzv-id`` says ``none``: an id that every such job has is no identity."""
-
-_PLAIN = (bool, int, float, str, tuple)
-"""Types of optimizers' settings that are compared."""
 
 
 @dataclass(frozen=True)
@@ -69,84 +62,6 @@ def launch_of(environ: Mapping[str, str] | None = None) -> str:
         return named
     parent = psutil.Process().parent()
     return "" if parent is None else f"{parent.pid}-{parent.create_time():.2f}"
-
-
-def fingerprint(text: str) -> str:
-    """Sixteen hexadecimal digits that stand for ``text``."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def script_fingerprint() -> str:
-    """Of the program that is running: its file's content, or its name where it has none."""
-    main = getattr(sys.modules.get("__main__"), "__file__", None)
-    try:
-        return (
-            fingerprint(Path(main).read_text(errors="replace"))
-            if main
-            else fingerprint(sys.argv[0])
-        )
-    except OSError:
-        return fingerprint(str(main))
-
-
-def optimizer_fingerprint(optimizers: Iterable[torch.optim.Optimizer]) -> str:
-    """Of the optimizers' classes, what they were made with, and the sizes of their first groups.
-
-    Those of later groups may have been added while training.
-    """
-    described = [
-        (
-            type(o).__qualname__,
-            [len(g["params"]) for g in o.param_groups[:1]],
-            sorted((k, v) for k, v in o.defaults.items() if isinstance(v, _PLAIN)),
-        )
-        for o in optimizers
-    ]
-    return fingerprint(repr(described))
-
-
-def group_fingerprints(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, str]:
-    """Of what was set for each group of parameters, by the words in which a change is reported.
-
-    Ask when the optimizers were just made: schedulers and a resume write into the groups. What an
-    optimizer was made with for all of its groups is `optimizer_fingerprint`'s.
-    """
-    made = list(optimizers)
-    return {
-        f"parameter group {i}" + (f" of optimizer {n}" if len(made) > 1 else ""): fingerprint(
-            repr(_set_for(group, optimizer.defaults))
-        )
-        for n, optimizer in enumerate(made)
-        for i, group in enumerate(optimizer.param_groups)
-    }
-
-
-def _set_for(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What a group has that its optimizer's defaults do not say."""
-    known = {"initial_lr": defaults.get("lr"), **defaults}
-    now = {name: _plain(value) for name, value in group.items() if name != "params"}
-    return sorted((k, v) for k, v in now.items() if v != _plain(known.get(k)))
-
-
-def _plain(value: Any) -> Any:
-    """A setting that can be compared; of a tensor, its number."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()
-    return value if isinstance(value, _PLAIN) else None
-
-
-def data_fingerprint(loaders: Iterable[Any]) -> str:
-    """Of the datasets' classes and lengths, and the batch sizes."""
-    described = []
-    for loader in loaders:
-        dataset = getattr(loader, "dataset", loader)
-        dataset = getattr(dataset, "wrapped_dataset", dataset)
-        try:
-            length = len(dataset)
-        except (TypeError, NotImplementedError):
-            length = -1
-        described.append((type(dataset).__qualname__, length, getattr(loader, "batch_size", None)))
-    return fingerprint(repr(described))
 
 
 def describe_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

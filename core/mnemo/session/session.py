@@ -16,14 +16,15 @@ from mnemo.session import announce, prefetch, report
 from mnemo.session.attributes import AttributeWatch
 from mnemo.session.exactness import first_sum_differs
 from mnemo.session.finder import Restored
-from mnemo.session.identity import (
+from mnemo.session.fingerprints import (
     data_fingerprint,
-    does_not_load,
-    flexible_names,
     group_fingerprints,
     optimizer_fingerprint,
+    scheduler_fingerprint,
     script_fingerprint,
+    structure_fingerprint,
 )
+from mnemo.session.identity import does_not_load, flexible_names
 from mnemo.session.keeper import End, Keeper
 from mnemo.session.modules import ModuleTree
 from mnemo.session.passes import LoaderPosition
@@ -210,7 +211,9 @@ class Session:
                 )
             keeper.begin(
                 {
+                    "model": structure_fingerprint(self._model),
                     "optimizer": optimizer_fingerprint([self._optimizer]),
+                    "scheduler": scheduler_fingerprint(filter(None, [self._scheduler])),
                     **group_fingerprints([self._optimizer]),
                     "data": data_fingerprint([loader]),
                     "script": script_fingerprint(),
