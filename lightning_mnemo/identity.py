@@ -26,7 +26,7 @@ _ARGUMENTS = (
 
 
 def fingerprints(trainer: pl.Trainer) -> dict[str, str]:
-    """Of the program as it stands when training begins, by the words in which a change is reported."""
+    """When training begins, by the words in which a change is reported."""
     found = {
         "optimizer": optimizer_fingerprint(trainer.optimizers),
         "hyperparameters": fingerprint(lasting_words(dict(trainer.lightning_module.hparams))),

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from commands import mnemo
 
+from mnemo.cli.runs import connect
+from mnemo.errors import SmpError
 from mnemo.smp.paths import RunPaths, SmpRecord
 
 
@@ -31,6 +33,11 @@ def test_a_left_over_directory_is_removed(tmp_path: Path) -> None:
     assert (answer.code, answer.err) == (0, "")
     assert answer.out == f"gpt: removed {paths.directory}, which a dead run had left\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_ends_meanwhile_is_said_to_have_ended(tmp_path: Path) -> None:
+    with pytest.raises(SmpError, match="run gpt has just ended"):
+        connect(RunPaths.of("gpt", tmp_path))
 
 
 def test_all_of_them_are_removed(tmp_path: Path) -> None:

@@ -190,7 +190,13 @@ def run(
             wait_s=settings.recover.no_spare,
             say=terminal.say,
         )
-    agent = Agent(options, journal=journal, terminal=terminal, hooks=smp_hooks(paths), team=team)
+    agent = Agent(
+        options,
+        journal=journal,
+        terminal=terminal,
+        hooks=smp_hooks(paths, alone=team is None),
+        team=team,
+    )
     try:
         code = agent.run()
     except CrashLoopError as error:

@@ -94,7 +94,11 @@ def connect(paths: RunPaths) -> SmpClient:
     Raises:
         SmpError: None answers.
     """
-    return SmpClient.connect(paths, auth.load_or_create_secret(paths.secret), _PATIENCE_S)
+    try:
+        secret = auth.load_or_create_secret(paths.secret)
+    except FileNotFoundError as error:
+        raise SmpError(f"run {paths.run_id} has just ended, and its directory is gone") from error
+    return SmpClient.connect(paths, secret, _PATIENCE_S)
 
 
 def all_runs(parent: Path) -> list[Run]:

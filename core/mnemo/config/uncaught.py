@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mnemo.errors import ConfigError, MnemoError
+from mnemo.errors import ConfigError, MnemoError, RunInUseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,8 @@ _EXIT_ERROR: Final = 1
 
 def leave_to_agent() -> None:
     """Have a `ConfigError` that nobody catches end this process with 2, its message left to say.
+
+    So does a `RunInUseError`: which run it is is a setting, too.
 
     Also where it comes as the cause of another error, as from a framework that read it from YAML.
     Does nothing unless this process is a rank that ``mnemo run`` itself has started: anybody else,
@@ -98,8 +100,8 @@ class _SaidOnce:
         raise SystemExit(_EXIT_ERROR)
 
 
-def _wrong_setting(error: BaseException | None) -> ConfigError | None:
-    """The `ConfigError` that ``error`` is, or was raised from."""
-    while error is not None and not isinstance(error, ConfigError):
+def _wrong_setting(error: BaseException | None) -> ConfigError | RunInUseError | None:
+    """The one that ``error`` is, or was raised from."""
+    while error is not None and not isinstance(error, (ConfigError, RunInUseError)):
         error = error.__cause__
     return error

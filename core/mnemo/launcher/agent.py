@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from mnemo.clock import Clock, SystemClock
 from mnemo.config import format_duration
 from mnemo.config.uncaught import EXIT_USAGE
-from mnemo.errors import CrashLoopError, LaunchError
+from mnemo.errors import CrashLoopError, LaunchError, RunInUseError
 from mnemo.launcher.cause import OomWatch, describe, is_refusal
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
 from mnemo.launcher.life import Life
@@ -63,6 +63,8 @@ class Hooks:
         ensure_smp: Called before the ranks of each life start.
         position: Where the run was when it failed; None if that is not known.
         training: Whether a training is known to be under way, for which all ranks are needed.
+        taken: Whether another job has the run, whose journal it is then. Asked while no rank of
+            this one lives.
         ended: Called when the job is over, with whether all ranks ended well; says what state is
             kept, or nothing.
     """
@@ -70,6 +72,7 @@ class Hooks:
     ensure_smp: Callable[[], None] = _nothing
     position: Callable[[], Position | None] = _nothing
     training: Callable[[], bool] = _unknown
+    taken: Callable[[], bool] = _unknown
     ended: Callable[[bool], str | None] = _keeps_nothing
 
 
@@ -138,6 +141,8 @@ class Agent:
         try:
             code = await self._lives()
             well = code == EXIT_OK
+        except RunInUseError:
+            raise  # the journal is another job's
         except BaseException as error:
             self._journal.write("end", code=self.exit_code, error=str(error))
             raise
@@ -145,10 +150,12 @@ class Agent:
             for number in (*handled, signal.SIGCHLD):
                 loop.remove_signal_handler(number)
             await self._team.close()
+            taken = self._hooks.taken()
             if kept := self._hooks.ended(well):
                 self._terminal.say(kept)
         self.exit_code = code
-        self._journal.write("end", code=code)
+        if not taken:
+            self._journal.write("end", code=code)
         if code in _LAST_WORDS:
             self._terminal.say(f"{_LAST_WORDS[code]} (exit code {code})")
         return code
@@ -323,20 +330,21 @@ class Agent:
         code = failed.code if failed.code > 0 else 128 - failed.code if failed.code else 1
         if refusal:
             code = EXIT_USAGE
-        self._journal.write(
-            "failure",
-            life=life.number,
-            rank=failed.rank,
-            local_rank=worker.local_rank,
-            worker_pid=worker.pid,
-            exit_code=failed.code if failed.code >= 0 else None,
-            signal=-failed.code if failed.code < 0 else None,
-            cause=cause,
-            out_of_memory=out_of_memory,
-            noticed=life.noticed[failed.rank],
-            position=position,
-            decision=decision,
-        )
+        if not self._hooks.taken():
+            self._journal.write(
+                "failure",
+                life=life.number,
+                rank=failed.rank,
+                local_rank=worker.local_rank,
+                worker_pid=worker.pid,
+                exit_code=failed.code if failed.code >= 0 else None,
+                signal=-failed.code if failed.code < 0 else None,
+                cause=cause,
+                out_of_memory=out_of_memory,
+                noticed=life.noticed[failed.rank],
+                position=position,
+                decision=decision,
+            )
         ends = decision != "restart" or self._stopped_by is not None
         told = f"rank {failed.rank} {cause}"
         await self._team.report(Report(cause=told, position=position, code=code if ends else None))

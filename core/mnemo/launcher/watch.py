@@ -7,13 +7,17 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from mnemo.errors import MnemoError
+import psutil
+
+from mnemo.errors import MnemoError, RunInUseError
 from mnemo.launcher.agent import Hooks
 from mnemo.launcher.restarts import Position
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mnemo.smp.client import SmpClient
     from mnemo.smp.paths import RunPaths
 
@@ -22,19 +26,32 @@ _PATIENCE_S: Final = 5.0
 """How long a snapshot process may take to answer what the agent can do without."""
 
 
-def smp_hooks(paths: RunPaths) -> Hooks:
-    """The agent's hooks, answered by the SMP of the run at ``paths``."""
+def smp_hooks(paths: RunPaths, *, alone: bool = True) -> Hooks:
+    """The agent's hooks, answered by the SMP of the run at ``paths``.
+
+    Args:
+        paths: Where it is found.
+        alone: No other agent belongs to this launch, whose ranks may be here as well.
+    """
     attending: list[SmpClient] = []
     started = 0.0
 
+    def others() -> list[int]:
+        return _training(paths) if alone else []
+
+    def detach() -> None:
+        while attending:
+            attending.pop().close()
+
     def ensure() -> None:
         nonlocal started
+        if not started:
+            _refuse_while(others, paths.run_id)
         started = time.time()
         _say_if_silent(paths)
         client = lifecycle.ensure(paths)
         client.tell(m.Attend())
-        while attending:
-            attending.pop().close()
+        detach()
         attending.append(client)  # held open: the snapshot process waits for ranks meanwhile
 
     def unfinished() -> list[dict[str, Any]]:
@@ -51,10 +68,12 @@ def smp_hooks(paths: RunPaths) -> Hooks:
         return Position(last["epoch"], last["batch"], last["step"])
 
     def ended(well: bool) -> str | None:
+        if others():
+            detach()
+            return None  # all that is there is the other job's
         fits = _fits(paths, over=well)
         kept = [fit["committed"]["step"] for fit in fits if fit["committed"]]
-        while attending:
-            attending.pop().close()
+        detach()
         if not kept:
             _shut_down(paths)
             return None
@@ -63,7 +82,29 @@ def smp_hooks(paths: RunPaths) -> Hooks:
             f"MNEMO_RUN_ID={paths.run_id} to go on, or give it up with mnemo clean {paths.run_id}"
         )
 
-    return Hooks(ensure, position, lambda: bool(unfinished()), ended)
+    return Hooks(ensure, position, lambda: bool(unfinished()), lambda: bool(others()), ended)
+
+
+def _training(paths: RunPaths) -> list[int]:
+    """Living processes that are connected as ranks: another job's, while none of ours lives."""
+    pids = (int(pid) for fit in _fits(paths) for pid in fit["connected"].values())
+    return [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def _refuse_while(others: Callable[[], list[int]], run_id: str) -> None:
+    """Refuse to join another job, unless it is one that is just being killed.
+
+    Raises:
+        RunInUseError: It lives.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while pids := others():
+        if time.monotonic() > deadline:
+            raise RunInUseError(
+                f"run {run_id} is in use: process {', '.join(map(str, pids))} is training it. Give "
+                "this job another run.id, or end the other one"
+            )
+        time.sleep(0.1)
 
 
 def _say_if_silent(paths: RunPaths) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from mnemo.config import ResolvedConfig
 from mnemo.errors import IdentityError, ModelChangedError
+from mnemo.smp.paths import check_run_id
 from mnemo.smp.segment import TensorEntry
 from mnemo.snapshot.layout import dtype_name
 from mnemo.snapshot.tree import is_plain
@@ -38,6 +38,9 @@ def resolve_identity(
     """The run's id: explicit, else from the environment, else new for this launch.
 
     Ranks of one launch must agree: broadcast rank 0's.
+
+    Raises:
+        ConfigError: What the environment gives could not be a directory's name.
     """
     env = os.environ if environ is None else environ
     if config.run.id:
@@ -45,8 +48,7 @@ def resolve_identity(
     for name in _SOURCES:
         value = env.get(name, "")
         if value.lower() not in _UNSET:
-            clean = re.sub(r"[^A-Za-z0-9._-]+", "-", value).lstrip(".-")[:128]
-            return RunIdentity(clean or secrets.token_hex(4), stable=bool(clean), source=name)
+            return RunIdentity(check_run_id(value), stable=True, source=name)
     prefix = config.run.name or "run"
     return RunIdentity(f"{prefix}-{secrets.token_hex(3)}", stable=False, source="this launch")
 
@@ -138,7 +140,10 @@ def flexible_names(model: torch.nn.Module) -> set[str]:
     return {
         f"{path}.{name}" if path else name
         for path, child in model.named_modules()
-        for name in (*child._buffers, *(n for n, p in child._parameters.items() if is_lazy(p)))
+        for name in (
+            *child._buffers,
+            *(n for n, p in child._parameters.items() if p is not None and is_lazy(p)),
+        )
     }
 
 
