@@ -416,6 +416,49 @@ def test_other_settings_on_one_node(
     assert f"on rank 0 and {value} on rank 1: give all ranks the same" in made.said[0]
 
 
+def test_what_one_rank_comes_upon_is_said_once(cluster: Callable[..., Cluster]) -> None:
+    """A rank of the life before that still lives, and another number of ranks on the nodes."""
+    made = cluster(3, steps=600, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 0)
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        for rank in (ranks[0], ranks[2]):
+            rank.kill()
+        assert made.codes() == [1, 1, 1]
+        assert re.search(
+            r"mnemo: RunInUseError: rank 1: run cluster is in use: its rank 1 is process \d+",
+            only_error(made.said[-1]),
+        )
+    made.own[1] = {"MNEMO_RUN__DIR": made.home(0)}
+    assert made.codes() == [1, 1, 1]
+    assert "mnemo: IdentityError: rank " in only_error(made.said[-1])
+    del made.own[1]
+    assert "resumed from memory at step" in made.run()
+
+
+def test_another_model_is_said_once(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(steps=600, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
+    with made.life():
+        until("a protected step", lambda: made.protected_step() > 0)
+    made.settings["WIDTH"] = "128"
+    assert made.codes() == [1, 1]
+    assert "was taken of another model" in only_error(made.said[-1])
+    del made.settings["WIDTH"]
+    assert "resumed from memory at step" in made.run()
+
+
+def test_a_wrong_setting_is_said_in_one_line_by_who_has_it(
+    cluster: Callable[..., Cluster],
+) -> None:
+    """What torch makes of it on the others is torch's."""
+    made = cluster(MNEMO_PROTECT__NODES="1+1")
+    made.own[1] = {"MNEMO_SNAPSHOT__EVERI": "1"}
+    codes = made.codes()
+    assert codes[1] == 1
+    assert re.search(r"^mnemo: ConfigError: .*everi", made.said[0], re.MULTILINE | re.IGNORECASE)
+    assert not re.search(r"^\S*ConfigError", made.said[0], re.MULTILINE), "a traceback's end"
+
+
 def test_ranks_on_other_nodes_than_before(cluster: Callable[..., Cluster]) -> None:
     made = cluster(steps=400, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
     with made.life() as ranks:

@@ -2,7 +2,7 @@
 
 Each rank appends ``STEP LOSS`` to ``losses-RANK`` at each step, and at the end writes the hash of
 all its parameters to ``hash-RANK``. With SKEW in the environment its clock is so many
-seconds off.
+seconds off, with WIDTH the model has so many hidden units.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import mnemo
 def train(out: Path, steps: int) -> None:
     rank = dist.get_rank()
     torch.manual_seed(7)
-    net = nn.Sequential(nn.Linear(64, 256), nn.Dropout(0.1), nn.Tanh(), nn.Linear(256, 8))
+    width = int(os.environ.get("WIDTH", "256"))
+    net = nn.Sequential(nn.Linear(64, width), nn.Dropout(0.1), nn.Tanh(), nn.Linear(width, 8))
     # Its buckets have the same order in the first step of a life as later: exact on many ranks.
     model = DistributedDataParallel(net, find_unused_parameters=True)
     torch.manual_seed(rank)

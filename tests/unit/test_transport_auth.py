@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 
 from mnemo.errors import SmpError
 from mnemo.transport import auth
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SECRET = bytes(range(32))
 
@@ -84,6 +88,17 @@ def test_too_short_is_refused(tmp_path: Path) -> None:
     path.chmod(0o600)
     with pytest.raises(SmpError, match="holds 3 bytes; at least 16"):
         auth.load_or_create_secret(path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["directory", "pipe"])
+def test_what_is_no_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]
+) -> None:
+    monkeypatch.setenv("MNEMO_SECRET_FILE", str(tmp_path / "given"))
+    make(tmp_path / "given")
+    (tmp_path / "given").chmod(0o700)
+    with pytest.raises(SmpError, match="given is no file"):
+        auth.load_or_create_secret(tmp_path / "secret")
 
 
 def test_a_link_in_place_of_it_is_refused(tmp_path: Path) -> None:

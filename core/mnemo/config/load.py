@@ -27,7 +27,7 @@ from mnemo.config.sources import (
     read_overrides,
     value_text,
 )
-from mnemo.config.uncaught import leave_to_agent
+from mnemo.config.uncaught import leave_to_agent, say_once
 from mnemo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def load_config(
     An argument or override wins over the environment, that over the file, and that over the
     default. ``null`` puts a setting back to its default.
 
-    In a rank of ``mnemo run``, a `ConfigError` that nobody catches is said by that in one line.
+    In a rank of ``mnemo run``, a `ConfigError` that nobody catches is said by that in one line. One
+    of several ranks that are started otherwise says it so itself: others may have no reason to.
 
     Args:
         file: YAML file; None takes the one that MNEMO_CONFIG names, if any.
@@ -111,6 +112,21 @@ def load_config(
     """
     leave_to_agent()
     environ = os.environ if environ is None else environ
+    try:
+        return _load(file, overrides, environ, sections)
+    except ConfigError as error:
+        if environ.get("WORLD_SIZE", "1") != "1":
+            say_once(error, here=True)
+        raise
+
+
+def _load(
+    file: str | Path | None,
+    overrides: Iterable[str],
+    environ: Mapping[str, str],
+    sections: Mapping[str, Mapping[str, object] | None],
+) -> ResolvedConfig:
+    """See `load_config`."""
     file = file or environ.get(CONFIG_VARIABLE)
     given: dict[str, Given] = {}
     for layer in (

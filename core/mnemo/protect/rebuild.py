@@ -89,9 +89,9 @@ async def find_survivors(fit: int, group: Group, neighbours: Neighbours) -> Surv
     lost = tuple(node for node in group.nodes if node not in nodes)
     if len(nodes) < group.code.k:
         raise ShardsLostError(
-            f"{len(lost)} of {len(group.nodes)} nodes lost what they kept of the last protected "
-            f"generation: {', '.join(lost)}; the parities make up for {group.parities}. Resume "
-            "from a checkpoint on storage"
+            f"{len(lost)} of {len(group.nodes)} nodes have nothing that was protected in this "
+            f"group: {', '.join(lost)}; the parities make up for {group.parities}. Resume from a "
+            "checkpoint on storage, or start with the nodes and settings of before"
         )
     plan, digests = await _describe(fit, nodes, *found, neighbours)
     if plan.group != group:

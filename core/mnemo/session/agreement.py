@@ -13,6 +13,8 @@ from mnemo.config import ResolvedConfig, settings
 from mnemo.config.uncaught import say_once
 from mnemo.errors import ConfigError, MnemoError
 from mnemo.session.place import Place
+from mnemo.smp import messages as m
+from mnemo.smp.client import error_of
 
 _OWN: Final = {
     "run.dir",
@@ -38,6 +40,32 @@ def on_all_ranks(place: Place, *kinds: type[MnemoError]) -> Iterator[None]:
         if place.world_size > 1:
             say_once(error, here=place.rank == 0)
         raise
+
+
+@contextlib.contextmanager
+def or_none(place: Place, *kinds: type[MnemoError]) -> Iterator[None]:
+    """The block succeeds on all ranks, or an error of ``kinds`` is raised on all. Collective.
+
+    Raises:
+        MnemoError: Of ``kinds``, that of the first rank that had one.
+    """
+    mine: MnemoError | None = None
+    try:
+        yield
+    except kinds as error:
+        mine = error
+    if place.world_size == 1:
+        if mine is not None:
+            raise mine
+        return
+    failure = None if mine is None else m.Failure(type(mine).__name__, str(mine))
+    told = place.gather(msgspec.msgpack.encode(failure))
+    decode = msgspec.msgpack.Decoder(m.Failure | None).decode
+    for rank, other in enumerate(map(decode, told)):
+        if other is not None:
+            found = error_of(m.Failure(other.kind, f"rank {rank}: {other.text}"))
+            say_once(found, here=place.rank == 0)
+            raise found from mine
 
 
 def require_same_settings(config: ResolvedConfig, place: Place) -> None:

@@ -19,11 +19,11 @@ import torch
 
 from mnemo import faults
 from mnemo.config import Overrun, ResolvedConfig, Resume
-from mnemo.errors import ConfigError, IdentityError, ProtectionError, SmpError
+from mnemo.errors import ConfigError, IdentityError, ModelChangedError, ProtectionError, SmpError
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import afterwards, announce, nodes, report
 from mnemo.session.accord import Accord
-from mnemo.session.agreement import on_all_ranks, require_same_settings
+from mnemo.session.agreement import on_all_ranks, or_none, require_same_settings
 from mnemo.session.finder import Finder, Restored, persist_settings
 from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
 from mnemo.session.losses import Losses
@@ -33,7 +33,6 @@ from mnemo.session.saved import Saved, ask_what_is_saved
 from mnemo.session.sources import NOTHING
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
-from mnemo.smp.link import Link
 from mnemo.smp.paths import RunPaths
 from mnemo.snapshot.engine import SnapshotEngine
 from mnemo.snapshot.rng import capture_rng
@@ -101,8 +100,8 @@ class Keeper:
             persist,
             None if protection is None else protection.settings,
         )
-        self._link = Link(
-            self.paths, join, on_loss=lambda words: self.degraded("smp replaced", words)
+        self._link = nodes.take_places(
+            self.paths, place, join, lambda words: self.degraded("smp replaced", words)
         )
         if protection is not None:
             give_up = config.run.resume is Resume.never
@@ -157,7 +156,7 @@ class Keeper:
         prefixes: Sequence[str],
         flexible: Collection[str] = (),
     ) -> None:
-        """Training goes on from ``restored``; what was sealed later is void.
+        """Training goes on from ``restored``; what was sealed later is void. Collective.
 
         Args:
             restored: What `find` found.
@@ -170,7 +169,8 @@ class Keeper:
         """
         paths = ["state." + prefix for prefix in prefixes]
         run = self.identity.run_id
-        require_same_model(restored.entries, model, paths, run, restored.step, flexible)
+        with or_none(self.place, ModelChangedError):
+            require_same_model(restored.entries, model, paths, run, restored.step, flexible)
         self._link.ask(m.Resume(restored.tick if restored.origin == "memory" else NOTHING), m.Done)
         self._base = restored.base
         self._pace.begin(restored.tick // 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,17 +15,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from mnemo.config import ResolvedConfig
 from mnemo.config.kinds import parse_code
 from mnemo.erasure.stripes import Group, make_groups
-from mnemo.errors import ConfigError, IdentityError, ProtectionError, SmpError
+from mnemo.errors import ConfigError, IdentityError, MnemoError, ProtectionError, SmpError
 from mnemo.session import report
+from mnemo.session.agreement import or_none
 from mnemo.session.place import Place
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
-from mnemo.smp.client import error_of
 from mnemo.smp.link import Link
 from mnemo.smp.paths import RunPaths
 
 
-class Node(msgspec.Struct, frozen=True, tag=True):
+class Node(msgspec.Struct, frozen=True):
     """What a node tells the others: where it listens, and what it fails together with."""
 
     host: str
@@ -32,7 +33,7 @@ class Node(msgspec.Struct, frozen=True, tag=True):
     domain: str
 
 
-_decode: Final = msgspec.msgpack.Decoder(Node | m.Failure).decode
+_decode: Final = msgspec.msgpack.Decoder(Node).decode
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,10 @@ def _exchange(config: ResolvedConfig, place: Place, paths: RunPaths) -> dict[str
     Raises:
         ConfigError, IdentityError, SmpError: On all ranks: one of them cannot take part.
     """
-    try:
-        mine: Node | m.Failure = _listen(config, place, paths)
-    except (ConfigError, IdentityError, SmpError) as error:
-        mine = m.Failure(type(error).__name__, f"rank {place.rank}: {error}")
-    told = list(map(_decode, place.gather(msgspec.msgpack.encode(mine))))
-    for word in told:
-        if isinstance(word, m.Failure):
-            raise error_of(word)
-    nodes = {_name(i): told[leader] for i, leader in enumerate(place.leaders)}
-    return {name: node for name, node in nodes.items() if isinstance(node, Node)}
+    with or_none(place, ConfigError, IdentityError, SmpError):
+        mine = _listen(config, place, paths)
+    told = place.gather(msgspec.msgpack.encode(mine))
+    return {_name(i): _decode(told[leader]) for i, leader in enumerate(place.leaders)}
 
 
 def _listen(config: ResolvedConfig, place: Place, paths: RunPaths) -> Node:
@@ -144,6 +139,33 @@ def _listen(config: ResolvedConfig, place: Place, paths: RunPaths) -> Node:
         request = m.Listen(_name(place.node), network.interface, network.ports)
         at, _ = client.ask(request, m.Listening)
     return Node(at.host, at.port, config.protect.domain)
+
+
+def take_places(
+    paths: RunPaths, place: Place, join: m.Join, on_loss: Callable[[str], None]
+) -> Link:
+    """This rank's place at its snapshot process, once all ranks have theirs. Collective.
+
+    Args:
+        paths: The run's files.
+        place: Where this process stands.
+        join: Who it is.
+        on_loss: See `Link`.
+
+    Raises:
+        IdentityError: Some rank's place is taken, or the launch has another shape.
+        SmpError: Some rank has no snapshot process. Each of them on all ranks.
+    """
+    link: Link | None = None
+    try:
+        with or_none(place, IdentityError, SmpError):
+            link = Link(paths, join, on_loss)
+    except MnemoError:
+        if link is not None:
+            link.leave(finished=False)
+        raise
+    assert link is not None
+    return link
 
 
 def recall(link: Link, place: Place, *, give_up: bool) -> Recall:

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Final
 
@@ -59,12 +60,12 @@ def load_or_create_secret(path: Path) -> bytes:
     """The run's secret: from ``MNEMO_SECRET_FILE``, else from ``path``, made 0600 if absent.
 
     Raises:
-        SmpError: The file is another user's, readable by others, or too short to be a secret.
+        SmpError: It is no file, or another user's, readable by others, too short to be a secret.
         FileNotFoundError: The directory of ``path`` does not exist.
     """
     given = os.environ.get("MNEMO_SECRET_FILE")
     source = Path(given) if given else path
-    flags = os.O_RDONLY if given else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    flags = os.O_RDONLY | os.O_NONBLOCK if given else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     try:
         fd = os.open(source, flags | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -75,6 +76,8 @@ def load_or_create_secret(path: Path) -> bytes:
         if not given:
             _fill(fd)
         status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise SmpError(f"the secret file {source} is no file: name one with the secret in it")
         content = os.pread(fd, status.st_size, 0)
     finally:
         os.close(fd)
