@@ -177,8 +177,14 @@ class MnemoCallback(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The fit is over."""
-        if stage == "fit":
-            self._close(End.FINISHED if self._done else End.INTERRUPTED)
+        if stage != "fit":
+            return
+        end = End.FINISHED if self._done else End.INTERRUPTED
+        if self._resume is not None and self._boundaries is None:
+            self._resume.announce_idle()
+            if self._resume.restored is None:
+                end = End.GIVEN_UP  # there is nothing to resume
+        self._close(end)
 
     def _close(self, end: End) -> None:
         keeper, self._keeper = self._keeper, None

@@ -214,6 +214,22 @@ class Resume:
             start = Start(keeper.config, keeper.identity, keeper.fit, keeper.place.world_size)
             start.goes_on_from(keeper.journal, *self.lightnings, whose="Lightning")
 
+    def announce_idle(self) -> None:
+        """The line of a start that has nothing to train: it was asked for less than there is."""
+        keeper, restored = self._keeper, self.restored
+        if keeper.place.rank != 0:
+            return
+        why = "this fit was asked for no step"
+        if restored is not None:
+            why = (
+                f"the snapshot of step {restored.step} in {restored.origin} is behind all that "
+                "this fit was asked for; it is kept"
+            )
+        elif self.lightnings is not None:
+            path, step = self.lightnings
+            why = f"{path}, of step {step}, is behind all that this fit was asked for"
+        say(f"run {keeper.identity.run_id} · nothing to do: {why}")
+
     def check_order(self) -> None:
         """The first batch of a resumed epoch is there: its sampler has drawn everything again."""
         if not self._order_unchecked:

@@ -100,6 +100,20 @@ def test_what_a_program_sets_at_its_start_is_its_own(lab: Lab, tmp_path: Path) -
     assert "dropped 0.9\n" in life.said
 
 
+def test_a_start_with_nothing_to_do_says_so_and_keeps_the_state(lab: Lab, tmp_path: Path) -> None:
+    killed(lab, tmp_path / "a", "plain", "settled:10")
+    for case in ("shorter", "without_batches"):
+        life = lab.life(case, tmp_path / case, run_id="run")
+        assert life.codes == [0], life.said
+        assert "run run · nothing to do: the snapshot of step 10 in memory is behind all" in (
+            life.said
+        )
+    life = lab.life("plain", tmp_path / "a", run_id="run")
+    assert "resumed from memory at step 10" in life.said
+    life = lab.life("without_batches", tmp_path / "b", run_id="other")
+    assert "run other · nothing to do: this fit was asked for no step\n" in life.said
+
+
 def test_never_begins_anew_and_says_so(lab: Lab, tmp_path: Path) -> None:
     killed(lab, tmp_path / "a")
     life = lab.life("plain", tmp_path / "b", run_id="run", settings=NEVER)

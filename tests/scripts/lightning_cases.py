@@ -1043,6 +1043,16 @@ def changed(out):
     return Case(model, loader(64, batch_size=4), val())
 
 
+def shorter(out):
+    """`plain` with one epoch."""
+    return Case(Net(), loader(), val(), {"max_epochs": 1})
+
+
+def without_batches(out):
+    """`plain` with none."""
+    return Case(Net(), loader(), val(), {"limit_train_batches": 0})
+
+
 def subtly_changed(out):
     """`plain` with another layer, schedule and precision, and other arguments of the trainer."""
 
