@@ -19,6 +19,7 @@ from commands import mnemo
 from nodes_lab import Cluster, until
 from ports import held_port
 
+from mnemo.smp.client import SmpClient
 from mnemo.types import EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
@@ -291,6 +292,44 @@ def test_a_hung_snapshot_process_holds_nobody_up_at_the_end(
     )
     assert "is saved (" not in made.said[0]
     assert "resumed from memory at step" in made.run()
+
+
+def test_snapshots_that_a_slow_attempt_leaves_no_buffer_for_are_counted(
+    cluster: Callable[..., Cluster],
+) -> None:
+    made = cluster(steps=3000, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
+    made.settings["MNEMO_PROTECT__RATE"] = "100kB/s"
+
+    def skipped() -> int:
+        with SmpClient.connect(made.paths(0), made.secret) as client:
+            counts: dict[str, int] = client.status()["counts"]
+        return counts["skipped"]
+
+    with made.life():
+        until("a protected step", lambda: made.protected_step() > 0)
+        until("some are skipped", lambda: skipped() > 3)
+    assert "snapshots are skipped while one is being protected" in made.said[0]
+
+
+def test_who_keeps_protection_from_going_on_is_named_on_every_node(
+    cluster: Callable[..., Cluster],
+) -> None:
+    made = cluster(3, steps=20_000, MNEMO_PROTECT__NODES="2+1", MNEMO_SNAPSHOT__EVERY="1")
+
+    def failures() -> list[str]:
+        told = [made.status(node) for node in (0, 1)]
+        return [fit["protect"]["failure"] if fit else "" for fit in told]
+
+    with made.life():
+        until("a protected step", lambda: made.protected_step() > 0)
+        record = made.paths(2).read_record()
+        assert record is not None
+        os.kill(record.pid, signal.SIGSTOP)
+        try:
+            until("both name it", lambda: all("node-2" in words for words in failures()))
+        finally:
+            os.kill(record.pid, signal.SIGCONT)
+        until("it is back", lambda: not any(failures()))
 
 
 def test_nothing_is_given_up_while_other_nodes_cannot_be_reached(

@@ -111,6 +111,13 @@ def test_a_training_run_on_the_screen() -> None:
     ]
 
 
+def test_skipped_snapshots_are_counted_on_the_screen() -> None:
+    status = told()
+    status["counts"]["skipped"] = 7
+    text = "\n".join(shown(described(status)))
+    assert "40 taken, 3 of them stored, 7 skipped for want of a buffer" in text
+
+
 def test_a_run_whose_trainer_is_dead() -> None:
     run = described(told(connected={}))
     assert (run["state"], run["kept_for_s"]) == ("waiting", 1800.0)

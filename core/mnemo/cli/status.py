@@ -270,6 +270,8 @@ def _counted(counters: dict[str, int]) -> str:
         text += f", {counters['persisted']} of them stored"
     if counters["persist_failed"]:
         text += f", {counters['persist_failed']} could not be stored"
+    if counters.get("skipped"):
+        text += f", {counters['skipped']} skipped for want of a buffer"
     return text
 
 

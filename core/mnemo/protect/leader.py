@@ -25,6 +25,7 @@ from mnemo.protect.messages import (
     Generation,
     Go,
     Holds,
+    Lacks,
     Pinned,
     Propose,
     Protected,
@@ -87,6 +88,8 @@ class Leader:
         self._ahead = 0
         """How far ahead what is proposed has to lie, in generations; 0 if the newest will do."""
         self._trusts_base = True
+        self._seen: set[str] = set()
+        self._lacking: tuple[str, ...] = ()
 
     # --- members ------------------------------------------------------------------------------
 
@@ -94,6 +97,7 @@ class Leader:
         """``node`` is there; an earlier connection of it counts no more."""
         member = self._members[node] = Follower(node, tell)
         tell(Protected(self._standing.epoch))
+        self._seen.add(node)
         self._changed.set()
         return member
 
@@ -120,6 +124,7 @@ class Leader:
             self._changed.clear()
             tick = self._next()
             if tick is None:
+                self._tell_who_lacks()
                 await self._changed.wait()
                 continue
             self._epoch += 1
@@ -133,9 +138,16 @@ class Leader:
             except ProtectionError as error:
                 self._ahead = 0
                 log.warning("generation %d is not protected yet: %s", tick, error)
-                self._tell_all(Void(epoch))
+                self._tell_all(Void(epoch, str(error)))
                 self._trusts_base = False  # it may be what is damaged
                 await asyncio.sleep(RETRY_S)
+
+    def _tell_who_lacks(self) -> None:
+        """If that has changed; who has never come may come yet."""
+        lacking = tuple(sorted(self._seen - self._members.keys()))
+        if lacking != self._lacking:
+            self._lacking = lacking
+            self._tell_all(Lacks(lacking))
 
     def _next(self) -> int | None:
         """The newest generation that all hold and that is not protected yet.

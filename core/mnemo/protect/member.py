@@ -21,6 +21,7 @@ from mnemo.protect.messages import (
     Go,
     Holds,
     Join,
+    Lacks,
     Message,
     Offer,
     Pinned,
@@ -97,6 +98,7 @@ class Member:
                 async with self._neighbours.call(leader, Join(self._fit)) as peer:
                     await together(self._write(peer), self._listen(peer))
             except (PeerError, ProtectionError) as error:
+                self.failure = f"the leader of the group is not there: {error}"
                 if str(error) != told:
                     log.info("the leader of the group is not there: %s", error)
                 told = str(error)
@@ -171,7 +173,11 @@ class Member:
             self._begin(message)
         elif isinstance(message, Protected):
             self._keeping.protect(message.epoch)
+            self.failure = ""
+        elif isinstance(message, Lacks):
+            self.failure = f"{', '.join(message.nodes)} went away" if message.nodes else ""
         else:
+            self.failure = message.why or self.failure
             await self._give_up(message.epoch)
 
     # --- an attempt ---------------------------------------------------------------------------

@@ -211,9 +211,17 @@ class Void(msgspec.Struct, tag=True, frozen=True):
     """The leader: the attempt is given up."""
 
     epoch: int
+    why: str = ""
+    """Empty where the next one follows at once."""
+
+
+class Lacks(msgspec.Struct, tag=True, frozen=True):
+    """The leader: these members went away; until they are back nothing newer is protected."""
+
+    nodes: tuple[str, ...]
 
 
 FromMember = Holds | Pinned | Complete | Failed
-FromLeader = Propose | Go | Protected | Void
+FromLeader = Propose | Go | Protected | Void | Lacks
 Message = Opening | Chunk | Stored | Digests | Kept | Described | Refused | FromMember | FromLeader
 DECODER: Final[msgspec.msgpack.Decoder[Message]] = msgspec.msgpack.Decoder(Message)

@@ -116,6 +116,11 @@ class Protector:
         """Wait until ``tick``, or a newer one, is protected."""
         await self._keeping.protected(tick)
 
+    @property
+    def failure(self) -> str:
+        """Why the newest attempt failed, or none is made; empty if all is well."""
+        return self._member.failure
+
     def status(self) -> dict[str, Any]:
         """For ``mnemo status``; sizes in bytes."""
         return {
@@ -123,7 +128,7 @@ class Protector:
             "parities": self._group.parities,
             "tick": self.standing.tick,
             "step": self.standing.step,
-            "failure": self._member.failure,
+            "failure": self.failure,
             "memory": self._keeping.parities.memory,
             "rebuilt": self.progress.done,
             "to_rebuild": self.progress.total,

@@ -130,6 +130,7 @@ def room(size: int, protection: Protection | None, beyond: str) -> None:
     if protection is not None:
         survived.append(f"the loss of {protection}")
         more = f"{protection.group.parities + 1} of them"
+        beyond += " · snapshots are skipped while one is being protected and a newer one is kept"
     limit = memory_limit()
     report.say(
         f"{report.size(size)} of {report.size(limit.total)} {limit.bound} memory for snapshots · "

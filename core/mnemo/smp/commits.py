@@ -220,6 +220,11 @@ class Commits:
         current = None if self._protection is None else self._protection.group
         return {node for group in (current, self._group) if group for node in group.nodes}
 
+    @property
+    def not_protected(self) -> str:
+        """Why nothing newer is being protected; empty if it is, or nothing should be."""
+        return "" if self._protection is None else self._protection.failure
+
     def take_part(self) -> None:
         """Share generations at once: ranks that an earlier SMP served are in the middle of it."""
         if self._protection is not None:

@@ -184,6 +184,8 @@ class Fit:
     async def begin(self, seat: Seat, request: m.Begin) -> Answer:
         """See `m.Begin`."""
         rank = seat.rank
+        if rank == min(self.shelf.ranks):  # all ranks skip the same
+            self._counts["skipped"] += request.skipped
         self.shelf.begin(rank, request.tick)
         self._notify()  # others may have waited for this rank to go on
         while True:
@@ -222,7 +224,7 @@ class Fit:
         self._notify()
         commits = self.commits
         not_stored = "" if commits.persister is None else commits.persister.failure
-        return m.Sealed(commits.newest, commits.differ, not_stored), []
+        return m.Sealed(commits.newest, commits.differ, not_stored, commits.not_protected), []
 
     async def drop(self, seat: Seat, request: m.Drop) -> Answer:
         """See `m.Drop`."""

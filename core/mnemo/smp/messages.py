@@ -161,6 +161,8 @@ class Begin(Message, frozen=True):
     tick: Count
     step: Count
     size: Count
+    skipped: Count = 0
+    """Snapshots that this rank has given up for want of a buffer since it last asked."""
 
 
 class Granted(Message, frozen=True):
@@ -188,6 +190,8 @@ class Sealed(Message, frozen=True):
     """Where replicas were found to differ: rank and tensor; empty if they agree."""
     not_stored: str = ""
     """Why the newest generation that was to be persisted could not be; empty if it was."""
+    not_protected: str = ""
+    """Why nothing newer is being protected; empty if it is, or nothing should be."""
 
 
 class Drop(Message, frozen=True):

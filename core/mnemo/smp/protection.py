@@ -207,6 +207,11 @@ class Protection:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    @property
+    def failure(self) -> str:
+        """Why nothing newer is being protected; empty if it is."""
+        return self._protector.failure
+
     def status(self) -> dict[str, Any]:
         """For ``mnemo status``."""
         return self._protector.status()

@@ -95,7 +95,7 @@ class Server:
         self._idle_since = self._clock.monotonic()
         self._started = self._clock.time()
         self._counts: Counter[str] = Counter(
-            sealed=0, committed=0, refused=0, persisted=0, persist_failed=0
+            sealed=0, committed=0, skipped=0, refused=0, persisted=0, persist_failed=0
         )
 
     # --- life ---------------------------------------------------------------------------------

@@ -90,7 +90,9 @@ class SnapshotEngine:
         self._inodes: dict[int, int] = {}
         self._job: Job | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._not_stored = ""
+        self._not_stored = self._not_protected = ""
+        self._told_dropped = 0
+        """Of the counter, what the SMP knows."""
         self.counters = Counters()
         self.committed: m.Generation | None = None
         """Newest generation that all ranks have sealed, as far as this rank was told."""
@@ -219,7 +221,11 @@ class SnapshotEngine:
         layout = job.plan.layout
         start, stop = self._share.bounds(layout.shared_size)
         size = layout.own_padded + stop - start
-        granted, fds = self._link.ask(m.Begin(job.tick, job.step, size), m.Granted)
+        skipped, self._told_dropped = (
+            self.counters.dropped - self._told_dropped,
+            (self.counters.dropped),
+        )
+        granted, fds = self._link.ask(m.Begin(job.tick, job.step, size, skipped), m.Granted)
         bulk = self._map(granted, fds[0], size)
         job.start()
         if not granted.shard and self._share.replicas > 1:
@@ -280,6 +286,9 @@ class SnapshotEngine:
         if sealed.not_stored and not self._not_stored and self._rank == 0:
             self._on_event("persist failed", sealed.not_stored)
         self._not_stored = sealed.not_stored
+        if sealed.not_protected and not self._not_protected and self._rank == 0:
+            self._on_event("not protected", sealed.not_protected)
+        self._not_protected = sealed.not_protected
         if sealed.differ and self._share.replicas > 1:
             self._share = Share(0, 1)
             self._on_event(
