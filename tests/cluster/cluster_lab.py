@@ -47,6 +47,7 @@ class Job:
         settings: Environment of all agents.
         flags: More of ``mnemo run``'s.
         etcd: Where one is; else the nodes host a Store themselves.
+        meet_at: Hosts of ``--rdzv-endpoint``, if not all.
     """
 
     network: Network
@@ -56,6 +57,7 @@ class Job:
     settings: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     etcd: str = ""
+    meet_at: tuple[Host, ...] = ()
     agents: dict[int, subprocess.Popen[Any]] = field(default_factory=dict)
     """By host."""
 
@@ -65,8 +67,8 @@ class Job:
 
     def start(self, *hosts: Host) -> None:
         """An agent on each of ``hosts``."""
-        hosts_of_stores = ",".join(host.address for host in self.network.hosts)
-        meeting = self.etcd or hosts_of_stores
+        places = self.meet_at or self.network.hosts
+        meeting = self.etcd or ",".join(host.address for host in places)
         backend = "etcd" if self.etcd else "c10d"
         for host in hosts:
             command = (

@@ -14,7 +14,7 @@ from mnemo.membership import Epoch, Member, Rules, Seal
 from mnemo.membership.coordinator import decide
 from mnemo.membership.lease import NEVER, Lease
 from mnemo.membership.plan import heirs, is_quorum, successors
-from mnemo.membership.records import HEAD, Ballot, Beat, Head, Hello, State, beat_key
+from mnemo.membership.records import HEAD, KEEPS, Ballot, Beat, Head, Hello, State, beat_key
 from mnemo.membership.roll import Moment, Roll, Seen
 
 if TYPE_CHECKING:
@@ -306,3 +306,18 @@ def test_messages_that_take_seconds_do_no_harm() -> None:
     world.run(120)
     world.slowness = 0.1
     assert world.run(30, until=world.is_running)
+
+
+def test_whoever_keeps_state_has_its_place_again() -> None:
+    """A node that came later than one whose address is higher, and took over a lower rank."""
+    fresh = [Member(node, "1", ranks=2) for node in ("a", "b", "c")]
+    keeps_4 = Member("a", "2", ranks=2, labels=(f"{KEEPS}4",))
+    keeps_0 = Member("z", "2", ranks=2, labels=(f"{KEEPS}0",))
+    named = [[m.node for m in found or ()] for found in (
+        successors(None, [fresh[2], fresh[0], fresh[1]], 3),
+        successors(None, [keeps_4, fresh[1], keeps_0], 3),
+        successors(None, [fresh[1], fresh[2], keeps_4, keeps_0], 3),
+        successors(None, [keeps_4, keeps_0], 3),
+        successors(None, [keeps_4, fresh[1]], 2),
+    )]  # fmt: skip
+    assert named == [["a", "b", "c"], ["z", "b", "a"], ["z", "b", "a"], [], ["a", "b"]]

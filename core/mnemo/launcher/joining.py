@@ -12,7 +12,9 @@ from mnemo.launcher import rendezvous
 from mnemo.launcher.c10d import C10dStores
 from mnemo.launcher.cluster import Cluster
 from mnemo.launcher.etcd import EtcdStores
+from mnemo.launcher.watch import status_of
 from mnemo.membership import Member, Rules, Seal
+from mnemo.membership.records import KEEPS
 from mnemo.smp.paths import RunPaths, default_parent
 from mnemo.transport import auth
 from mnemo.transport.address import host_of
@@ -69,6 +71,7 @@ def join(
         address=host,
         store="" if etcd else rendezvous.own_place(host, places),
         ranks=ranks,
+        labels=_labels(paths),
     )
     return Cluster(
         me,
@@ -80,3 +83,9 @@ def join(
         verdicts=paths.verdicts,
         say=say,
     )
+
+
+def _labels(paths: RunPaths) -> tuple[str, ...]:
+    """What else the others have to know: which ranks' state an earlier launch has left here."""
+    kept = [segment["rank"] for fit in status_of(paths) for segment in fit["segments"]]
+    return (f"{KEEPS}{min(kept)}",) if kept else ()

@@ -55,7 +55,7 @@ def smp_hooks(paths: RunPaths, *, alone: bool = True) -> Hooks:
         attending.append(client)  # held open: the snapshot process waits for ranks meanwhile
 
     def unfinished() -> list[dict[str, Any]]:
-        return [fit for fit in _fits(paths) if not fit["finished"]]
+        return [fit for fit in status_of(paths) if not fit["finished"]]
 
     def position() -> Position | None:
         # A life that ended before it trained says nothing about the batch that it never came to,
@@ -71,7 +71,7 @@ def smp_hooks(paths: RunPaths, *, alone: bool = True) -> Hooks:
         if others():
             detach()
             return None  # all that is there is the other job's
-        fits = _fits(paths, over=well)
+        fits = status_of(paths, over=well)
         kept = [fit["committed"]["step"] for fit in fits if fit["committed"]]
         detach()
         if not kept:
@@ -87,7 +87,7 @@ def smp_hooks(paths: RunPaths, *, alone: bool = True) -> Hooks:
 
 def _training(paths: RunPaths) -> list[int]:
     """Living processes that are connected as ranks: another job's, while none of ours lives."""
-    pids = (int(pid) for fit in _fits(paths) for pid in fit["connected"].values())
+    pids = (int(pid) for fit in status_of(paths) for pid in fit["connected"].values())
     return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
@@ -131,7 +131,7 @@ def _shut_down(paths: RunPaths) -> None:
                 client.wait_for_end()
 
 
-def _fits(paths: RunPaths, *, over: bool = False) -> list[dict[str, Any]]:
+def status_of(paths: RunPaths, *, over: bool = False) -> list[dict[str, Any]]:
     """Status of the trainings that have begun; none if that cannot be told.
 
     ``over``: the program ended well, so those that finished are given back first.

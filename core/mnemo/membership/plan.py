@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from mnemo.membership.records import Epoch, Member
+from mnemo.membership.records import KEEPS, Epoch, Member
 
 
 def is_quorum(epoch: Epoch, keys: Iterable[str], lost: Collection[str] = ()) -> bool:
@@ -57,8 +57,7 @@ def successors(
         nodes: How many are needed.
     """
     if epoch is None:
-        first = sorted(living[:nodes], key=lambda member: member.node)
-        return tuple(first) if len(first) == nodes else None
+        return _first_members(living, nodes)
     alive = {member.key for member in living}
     members = {member.key for member in epoch.members}
     spares = [member for member in living if member.key not in members]
@@ -74,3 +73,26 @@ def successors(
     filled = [member or next(others, None) for member in chosen]
     found = tuple(member for member in filled if member is not None)
     return found if len(found) == len(filled) else None
+
+
+def _first_members(living: Sequence[Member], nodes: int) -> tuple[Member, ...] | None:
+    """Whoever keeps the state of ranks has their place again; others fill up the rest, by name."""
+    uniform = len({member.ranks for member in living}) == 1
+    places: dict[int, Member] = {}
+    for member in living:
+        place = _keeps(member) // member.ranks
+        if uniform and 0 <= place < nodes:
+            places.setdefault(place, member)
+    kept = {member.key for member in places.values()}
+    others = [member for member in living if member.key not in kept][: nodes - len(kept)]
+    if len(kept) + len(others) < nodes:
+        return None
+    rest = iter(sorted(others, key=lambda member: member.node))
+    return tuple(places[place] if place in places else next(rest) for place in range(nodes))
+
+
+def _keeps(member: Member) -> int:
+    """The first rank whose state its node's memory has, from an earlier launch; -1 for none."""
+    return next(
+        (int(label[len(KEEPS) :]) for label in member.labels if label.startswith(KEEPS)), -1
+    )

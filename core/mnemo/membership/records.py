@@ -54,6 +54,10 @@ class Ballot(msgspec.Struct, frozen=True, order=True, array_like=True):
     maker: str = ""
 
 
+KEEPS: Final = "keeps rank "
+"""Begins a label: the first rank whose state this node's memory has, from an earlier launch."""
+
+
 class Member(msgspec.Struct, frozen=True, array_like=True):
     """A node's agent, from its start to its end.
 
