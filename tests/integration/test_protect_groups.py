@@ -161,7 +161,7 @@ def test_more_losses_than_parities_are_named(seed: int) -> None:
             await lab.all_protected(nodes, 1)
             await lab.replace(nodes, 1)
             await lab.replace(nodes, 3)
-            with pytest.raises(ShardsLostError, match=r"2 of 4 nodes lost .*: node1, node3; "):
+            with pytest.raises(ShardsLostError, match=r"2 of 4 nodes have .*: node1, node3; "):
                 await nodes[1].protector.rebuild()
             for node in nodes:
                 assert node.memory.pins[1] == (node not in (nodes[1], nodes[3]))
@@ -187,7 +187,7 @@ def test_generations_of_one_number_are_not_mixed(seed: int) -> None:
 
             await lab.replace(nodes, 2)
             replacement = await lab.replace(nodes, 3)
-            with pytest.raises(ShardsLostError, match=r"3 of 4 nodes lost .*: node1, node2, node3"):
+            with pytest.raises(ShardsLostError, match=r"3 of 4 nodes have .*: node1, node2, node3"):
                 await replacement.protector.rebuild()
 
     run(main())
