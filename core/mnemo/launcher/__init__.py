@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mnemo.launcher.agent import Agent, Hooks
+from mnemo.launcher.agent import Agent
+from mnemo.launcher.hooks import Hooks
 from mnemo.launcher.options import LaunchOptions
 from mnemo.launcher.restarts import Position
 

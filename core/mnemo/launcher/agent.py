@@ -10,7 +10,6 @@ import asyncio
 import os
 import signal
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mnemo.clock import Clock, SystemClock
@@ -19,14 +18,15 @@ from mnemo.config.uncaught import EXIT_USAGE
 from mnemo.errors import CrashLoopError, LaunchError, RunInUseError
 from mnemo.launcher.cause import OomWatch, describe, is_refusal
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
+from mnemo.launcher.hooks import Hooks
 from mnemo.launcher.life import Life
-from mnemo.launcher.restarts import CRASH_LOOP, Ended, Failed, Position, RestartPolicy, judge
+from mnemo.launcher.restarts import CRASH_LOOP, Ended, Failed, RestartPolicy, judge
 from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Alone, Report, Team
 from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine
 
     from mnemo.launcher.options import LaunchOptions
     from mnemo.launcher.output import Terminal
@@ -41,39 +41,6 @@ _LAST_WORDS: Final = {
     EXIT_STATE_SAVED: "the state is saved; queue the job again to go on",
     EXIT_STATE_LOST: "the job cannot go on, and its newest state is lost",
 }
-
-
-def _nothing() -> None:
-    return None
-
-
-def _keeps_nothing(well: bool) -> None:
-    del well
-
-
-def _unknown() -> bool:
-    return False
-
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What the agent asks of the rest of mnemo.
-
-    Attributes:
-        ensure_smp: Called before the ranks of each life start.
-        position: Where the run was when it failed; None if that is not known.
-        training: Whether a training is known to be under way, for which all ranks are needed.
-        taken: Whether another job has the run, whose journal it is then. Asked while no rank of
-            this one lives.
-        ended: Called when the job is over, with whether all ranks ended well; says what state is
-            kept, or nothing.
-    """
-
-    ensure_smp: Callable[[], None] = _nothing
-    position: Callable[[], Position | None] = _nothing
-    training: Callable[[], bool] = _unknown
-    taken: Callable[[], bool] = _unknown
-    ended: Callable[[bool], str | None] = _keeps_nothing
 
 
 class Agent:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 
 from mnemo.errors import MnemoError, RunInUseError
-from mnemo.launcher.agent import Hooks
+from mnemo.launcher.hooks import Hooks
 from mnemo.launcher.restarts import Position
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
