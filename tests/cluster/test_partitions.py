@@ -22,10 +22,11 @@ THREE = {"MNEMO_PROTECT__NODES": "2+1"}
 
 def members(job: Job) -> list[netns.Host]:
     """Hosts on which a rank runs."""
-    return [host for host in job.network.hosts if _ranks(host)]
+    return [host for host in job.network.hosts if ranks_of(host)]
 
 
-def _ranks(host: netns.Host) -> list[int]:
+def ranks_of(host: netns.Host) -> list[int]:
+    """Processes of its ranks."""
     found = []
     for pid in host.pids():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -65,11 +66,11 @@ def test_without_a_majority_all_pause_until_the_operator_speaks(tmp_path: Path) 
             until("a protected step", lambda: job.protected_step(*members(job)) > 0)
             hub = net.hosts[0]  # has the Store, as a member or as a spare
             others = [host for host in members(job) if host is not hub]
-            lost = [hub, *others[: 1 if _ranks(hub) else 2]]
+            lost = [hub, *others[: 1 if ranks_of(hub) else 2]]
             for host in lost:
                 host.lose()
             rest = [host for host in net.hosts if host not in lost]
-            left = [host for host in rest if _ranks(host)]
+            left = [host for host in rest if ranks_of(host)]
             until("the others stop", lambda: not members(job))
             until("they ask", lambda: all("mnemo confirm-lost" in job.said(h) for h in left))
             done = job.steps_done()
@@ -130,9 +131,9 @@ def test_a_node_that_is_cut_off_stops_and_the_others_go_on(
                         off.mute_to(other)
             else:
                 getattr(off, how)()
-            until("it stops", lambda: not _ranks(off))
+            until("it stops", lambda: not ranks_of(off))
             until("the others go on", lambda: len(members(job)) == 3)
-            assert not _ranks(off)
+            assert not ranks_of(off)
             off.mend()
             rest = [host for host in net.hosts if host is not off]
             assert job.codes(*rest) == [0] * 3

@@ -1,0 +1,82 @@
+"""Ranks that fail on one of several nodes, and jobs that are asked to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import netns
+from cluster_lab import Job, until
+from test_partitions import ranks_of
+
+from mnemo.types import EXIT_STATE_SAVED
+
+SETTINGS = {"MNEMO_PROTECT__NODES": "1+1"}
+
+
+def test_a_rank_dies_and_all_restart_until_that_was_too_often(tmp_path: Path) -> None:
+    with netns.network(tmp_path, 2) as net:
+        flags = ("--max-restarts=1",)
+        job = Job(net, tmp_path / "job", "2", 10**6, SETTINGS, flags)
+        here, there = net.hosts
+        with job.explained():
+            job.start(*net.hosts)
+            job.reach(10)
+            os.kill(ranks_of(there)[0], signal.SIGKILL)
+            until("both know", lambda: job.said().count("rank 1 killed by SIGKILL →") >= 2)
+            assert job.said(here).count("all 2 ranks restart (1 of 1 restart)") == 1
+            at = job.steps_done()
+            job.reach(at + 2)
+            assert "rank 1 killed by SIGKILL → resumed from memory at step" in job.said(here)
+            assert ", exact" in job.said(here)
+            os.kill(ranks_of(there)[0], signal.SIGKILL)
+            assert job.codes() == [137, 137]
+            assert "giving up with exit code 137" in job.said(there)
+            assert "ending with exit code 137" in job.said(here)
+
+
+def test_a_job_that_is_asked_to_end_is_saved_on_all_nodes_and_goes_on(tmp_path: Path) -> None:
+    """It is enough to ask one agent."""
+    with netns.network(tmp_path, 2) as net:
+        job = Job(net, tmp_path / "job", "2", 150, SETTINGS)
+        with job.explained():
+            job.start(*net.hosts)
+            job.reach(10)
+            job.agents[1].send_signal(signal.SIGTERM)
+            assert job.codes() == [EXIT_STATE_SAVED] * 2
+            done = job.steps_done()
+            assert done < 150
+            job.start(*net.hosts)
+            assert job.codes() == [0, 0]
+            assert "→ resumed from memory" in job.said(net.hosts[0])
+            assert ", 0 steps lost" in job.said(net.hosts[0])
+        assert job.steps_done() == 150
+
+
+def test_nobody_comes(tmp_path: Path) -> None:
+    with netns.network(tmp_path, 1) as net:
+        settings = {**SETTINGS, "MNEMO_RECOVER__NO_SPARE": "wait 8s"}
+        job = Job(net, tmp_path / "job", "2", 10, settings)
+        with job.explained():
+            job.start(*net.hosts)
+            assert job.codes() == [1]
+            assert "waited 8s (recover.no_spare)" in job.said()
+
+
+def test_nobody_takes_a_lost_nodes_place(tmp_path: Path) -> None:
+    """What is left stays in memory, and a relaunch goes on from there."""
+    with netns.network(tmp_path, 3) as net:
+        settings = {"MNEMO_PROTECT__NODES": "2+1", "MNEMO_RECOVER__NO_SPARE": "wait 8s"}
+        job = Job(net, tmp_path / "job", "3", 300, settings)
+        with job.explained():
+            job.start(*net.hosts)
+            until("a protected step", lambda: job.protected_step(*net.hosts) > 5)
+            net.hosts[2].lose()
+            assert job.codes(*net.hosts[:2]) == [EXIT_STATE_SAVED] * 2
+            assert "stays in memory: start again" in job.said(net.hosts[0])
+            job.settings["MNEMO_RECOVER__NO_SPARE"] = "wait 60s"
+            job.start(*net.hosts)
+            assert job.codes() == [0, 0, 0]
+            assert "→ resumed from memory" in job.said(net.hosts[0])
+        assert job.steps_done() == 300
