@@ -28,7 +28,9 @@ from nodes_lab import SCRIPTS, until
 from ports import held_port
 
 from mnemo.config import parse_duration
+from mnemo.errors import SmpError
 from mnemo.smp import lifecycle
+from mnemo.smp.client import SmpClient
 from mnemo.smp.paths import RunPaths, SmpRecord
 from mnemo.types import EXIT_STATE_SAVED
 
@@ -172,6 +174,20 @@ class Slurm:
         file = self.stub / "told"
         return file.read_text().splitlines() if file.exists() else []
 
+    def protected_step(self) -> int:
+        """Step that both nodes keep protected, -1 for none."""
+        secret = Path(self.environ["MNEMO_SECRET_FILE"]).read_bytes()
+        found = []
+        for home in ("node-0", "node-1"):
+            paths = RunPaths.of("4711", self.directory / "run" / home)
+            try:
+                with SmpClient.connect(paths, secret, PATIENCE_S) as client:
+                    fits = client.status()["fits"]
+            except (SmpError, OSError):
+                return -1
+            found.append(fits[0]["protect"]["step"] if fits and fits[0]["protect"] else -1)
+        return min(found)
+
     def kill_ranks(self) -> None:
         """All processes of the step that they are in."""
         step = (self.directory / ".mnemo" / "4711" / "step").read_text().strip()
@@ -220,7 +236,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
 def test_slurm(slurm: Slurm) -> None:
     """The step of the ranks is killed; then the time is over; then it runs to its end."""
     with slurm.run() as job:
-        until("step 5 is not reached", lambda: slurm.steps_done() >= 5)
+        until("nothing is protected", lambda: slurm.protected_step() >= 5)
         slurm.kill_ranks()
         resumed = "run 4711 · an earlier life ended → resumed from memory at step"
         until("it does not go on", lambda: resumed in slurm.said())
