@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import pytest
 
 from mnemo.errors import SmpError
 from mnemo.smp.client import SmpClient
@@ -156,3 +159,23 @@ class Job:
             ((self.directory / f"hash-{rank}").read_text(), self.losses(rank))
             for rank in range(ranks)
         ]
+
+
+@contextlib.contextmanager
+def etcd(host: Host) -> Iterator[str]:
+    """A real one on ``host``; where it is."""
+    program = shutil.which("etcd")
+    if program is None:
+        pytest.skip("etcd is missing (Debian: etcd-server)")
+    url = f"http://{host.address}:2379"
+    flags = {
+        "data-dir": host.home / "etcd",
+        "listen-client-urls": url,
+        "advertise-client-urls": url,
+        "listen-peer-urls": "http://127.0.0.1:2380",
+        "log-level": "error",
+    }
+    words = [program, *(f"--{name}={value}" for name, value in flags.items())]
+    with (host.home / "log").open("w") as log:
+        host.start(words, os.environ, stdout=log, stderr=log)
+    yield f"{host.address}:2379"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import netns
 import pytest
-from cluster_lab import Job, until
+from cluster_lab import Job, etcd, until
 
 Result = list[tuple[str, dict[int, str]]]
 
@@ -84,20 +84,22 @@ def test_thirty_nodes_are_lost_one_after_another(tmp_path: Path, seed: int) -> N
 @pytest.mark.campaign
 @pytest.mark.timeout(1200)
 def test_a_second_node_is_lost_while_the_first_comes_back(tmp_path: Path, seed: int) -> None:
-    """Two parities: both come back, whatever the moment."""
+    """Two parities: both come back, whatever the moment, and whichever they are, with etcd."""
     chance = random.Random(seed)
     control = undisturbed(tmp_path / "control", 4, "2+2", 400)
-    with netns.network(tmp_path, 4) as net:
+    with netns.network(tmp_path, 5) as net, etcd(net.hosts[4]) as place:
         job = job_of(net, tmp_path / "job", "4", "2+2", 400)
+        job.etcd = place
+        nodes = net.hosts[:4]
         with job.explained():
-            job.start(*net.hosts)
+            job.start(*nodes)
             for delay_s in (1.0, 4.0, 7.0, 10.0):
                 reached = job.steps_done()
                 until(
                     "a protected step",
-                    lambda reached=reached: job.protected_step(*net.hosts) > reached,
+                    lambda reached=reached: job.protected_step(*nodes) > reached,
                 )
-                first, second = chance.sample(net.hosts, 2)
+                first, second = chance.sample(nodes, 2)
                 first.lose()
                 job.start(first)
                 time.sleep(delay_s)
@@ -105,7 +107,7 @@ def test_a_second_node_is_lost_while_the_first_comes_back(tmp_path: Path, seed: 
                 job.start(second)
                 at = job.steps_done()
                 until("the job comes back", lambda at=at: job.steps_done() > at + 1)
-            assert job.codes() == [0] * 4
+            assert job.codes(*nodes) == [0] * 4
         assert job.result(4) == control
 
 

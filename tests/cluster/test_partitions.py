@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import netns
 import pytest
-from cluster_lab import MNEMO, Job, until
+from cluster_lab import MNEMO, Job, etcd, until
 
 STEPS = 120
 FOUR = {"MNEMO_PROTECT__NODES": "2+2"}
@@ -34,26 +32,6 @@ def ranks_of(host: netns.Host) -> list[int]:
             if any(word.startswith(b"LOCAL_RANK=") for word in words):
                 found.append(pid)
     return found
-
-
-@contextlib.contextmanager
-def etcd(host: netns.Host) -> Iterator[str]:
-    """A real one on ``host``; where it is."""
-    program = shutil.which("etcd")
-    if program is None:
-        pytest.skip("etcd is missing (Debian: etcd-server)")
-    url = f"http://{host.address}:2379"
-    flags = {
-        "data-dir": host.home / "etcd",
-        "listen-client-urls": url,
-        "advertise-client-urls": url,
-        "listen-peer-urls": "http://127.0.0.1:2380",
-        "log-level": "error",
-    }
-    words = [program, *(f"--{name}={value}" for name, value in flags.items())]
-    with (host.home / "log").open("w") as log:
-        host.start(words, os.environ, stdout=log, stderr=log)
-    yield f"{host.address}:2379"
 
 
 def test_without_a_majority_all_pause_until_the_operator_speaks(tmp_path: Path) -> None:

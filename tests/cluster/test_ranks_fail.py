@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
 
 import netns
-from cluster_lab import Job, until
+import pytest
+from cluster_lab import Job, etcd, until
 from test_partitions import ranks_of
 
 from mnemo.types import EXIT_STATE_SAVED
@@ -36,19 +38,25 @@ def test_a_rank_dies_and_all_restart_until_that_was_too_often(tmp_path: Path) ->
             assert "ending with exit code 137" in job.said(here)
 
 
-def test_a_job_that_is_asked_to_end_is_saved_on_all_nodes_and_goes_on(tmp_path: Path) -> None:
-    """It is enough to ask one agent."""
-    with netns.network(tmp_path, 2) as net:
+@pytest.mark.parametrize("backend", ["c10d", pytest.param("etcd", marks=pytest.mark.campaign)])
+def test_a_job_that_is_asked_to_end_is_saved_on_all_nodes_and_goes_on(
+    tmp_path: Path, backend: str
+) -> None:
+    """It is enough to ask one agent. In etcd there are the records of the launch before."""
+    with netns.network(tmp_path, 3) as net, contextlib.ExitStack() as stack:
+        nodes = net.hosts[:2]
         job = Job(net, tmp_path / "job", "2", 150, SETTINGS)
+        if backend == "etcd":
+            job.etcd = stack.enter_context(etcd(net.hosts[2]))
         with job.explained():
-            job.start(*net.hosts)
+            job.start(*nodes)
             job.reach(10)
             job.agents[1].send_signal(signal.SIGTERM)
-            assert job.codes() == [EXIT_STATE_SAVED] * 2
+            assert job.codes(*nodes) == [EXIT_STATE_SAVED] * 2
             done = job.steps_done()
             assert done < 150
-            job.start(*net.hosts)
-            assert job.codes() == [0, 0]
+            job.start(*nodes)
+            assert job.codes(*nodes) == [0, 0]
             assert "→ resumed from memory" in job.said(net.hosts[0])
             assert ", 0 steps lost" in job.said(net.hosts[0])
         assert job.steps_done() == 150

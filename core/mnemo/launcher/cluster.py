@@ -104,6 +104,8 @@ class Cluster:
         self._change = asyncio.Event()
         self._changed: Callable[[], None] = self._change.set
         self._warming: asyncio.Future[None] | None = None
+        self._earlier: int | None = None
+        """The epoch that an earlier launch had ended with, 0 for none; None if not looked for."""
         self._idle = asyncio.Event()
         """No rank runs here."""
 
@@ -217,12 +219,18 @@ class Cluster:
         return self._granted
 
     async def _end_of_job(self) -> Ended | None:
-        """That others have ended it, as a spare learns."""
-        if not self._machine.place:
+        """That others have ended it, as a spare learns.
+
+        In etcd there may be the end of an earlier launch, which is none of this one's.
+        """
+        epoch = self._machine.committed
+        if not self._machine.place or epoch is None:
             return None
         with contextlib.suppress(StoreLostError):
-            end = await self._read("over", End)
-            if end is not None:
+            end = await self._read(f"over/{epoch.number}", End)
+            if self._earlier is None:
+                self._earlier = epoch.number if end else 0
+            if end is not None and epoch.number != self._earlier:
                 return Ended(end.code or 0)
         return None
 
@@ -300,7 +308,7 @@ class Cluster:
         with contextlib.suppress(StoreLostError):
             await self._put(f"end/{self._epoch.number}", end)
             if report.code is not None:
-                await self._put("over", end)
+                await self._put(f"over/{self._epoch.number}", end)
         self._driver.end_epoch()
 
     async def all_ended(self, code: int) -> int | None:
@@ -316,7 +324,7 @@ class Cluster:
                 ends = [await self._read(key, End) for key in keys]
                 codes = [end.code or 0 for end in ends if end is not None]
                 if len(codes) == len(keys):
-                    await self._put("over", End(max(codes)))
+                    await self._put(f"over/{epoch.number}", End(max(codes)))
                     return max(codes)
             await asyncio.sleep(_POLL_S)
         return None
