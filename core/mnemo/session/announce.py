@@ -38,13 +38,16 @@ class Start:
     fit: int
     world_size: int
 
-    def fresh(self, journal: Journal, *, damaged: int = 0, lost: bool = False) -> None:
+    def fresh(
+        self, journal: Journal, *, damaged: int = 0, lost: bool = False, apart: bool = False
+    ) -> None:
         """Nothing is resumed, and why.
 
         Args:
             journal: Asked for the failure that led here; gets the record.
             damaged: Snapshots that were there but could not be used.
             lost: More nodes were lost than their parities make up for.
+            apart: All nodes have snapshots, but none of the same step.
         """
         why = "a new id at each launch" if not self.identity.stable else "no earlier snapshot"
         if cause := _cause(journal):
@@ -53,6 +56,8 @@ class Start:
             why = f"{report.count(damaged, 'snapshot')} found, none of which can be used"
         if lost:
             why = "more nodes were lost than the parities make up for"
+        if apart:
+            why = "the nodes have no snapshot of the same step, and none was protected yet"
         if self.config.run.resume is Resume.never:
             why = "run.resume is never"
         report.say(f"run {self.identity.run_id} · fresh ({why}) · {self._what_it_is()}")

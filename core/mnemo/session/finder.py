@@ -74,6 +74,8 @@ class Finder:
             name = store_id(identity.run_id, fit, persist.node)
             self._storage = StorageSource(persist, name, place.rank, place.members)
         self._launch = launch
+        self.apart = False
+        """All nodes have snapshots of the last life in memory, but none in common."""
 
     def find(self) -> Restored | None:
         """See `Keeper.find`."""
@@ -86,12 +88,15 @@ class Finder:
             found = newest_common(self._storage, self._agree, newer_than) or found
         wanted = self._resume is not Resume.never and self._nodes > 1
         if found is None and wanted and self._agree(int(self._memory.held))[0]:
-            raise IdentityError(
-                f"the nodes of run {self._identity.run_id} keep snapshots in memory, but none that "
-                "all of them have: one was away while the others went on, or has damaged ones. "
-                "`mnemo clean` on that node makes room for what the others keep of it; "
-                "run.resume=never gives all of it up"
-            )
+            self.apart = self._is_all_there()
+            if not self.apart:
+                raise IdentityError(
+                    f"the nodes of run {self._identity.run_id} keep snapshots in memory, but none "
+                    "that all of them have: one was away while the others went on, or has damaged "
+                    "ones. "
+                    "`mnemo clean` on that node makes room for what the others keep of it; "
+                    "run.resume=never gives all of it up"
+                )
         if self._resume is Resume.never and found is not None and not self._is_of_launch(found):
             found = None
         if found is None and self._resume is Resume.required:
@@ -115,6 +120,11 @@ class Finder:
             found.identity,
             found.state["base"],
         )
+
+    def _is_all_there(self) -> bool:
+        """Whether no node can come back with more: all have whole snapshots, of the same life."""
+        low, high = self._agree(self._memory.life)
+        return 0 < low == high and not self._agree(self._memory.damaged)[1]
 
     @property
     def damaged(self) -> int:

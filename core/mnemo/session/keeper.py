@@ -213,7 +213,8 @@ class Keeper:
         announce.unattended(self.paths)
         start = announce.Start(self.config, self.identity, self.fit, self.place.world_size)
         if restored is None:
-            start.fresh(self.journal, damaged=self._finder.damaged, lost=self._recall.lost)
+            found, lost = self._finder, self._recall.lost
+            start.fresh(self.journal, damaged=found.damaged, lost=lost, apart=found.apart)
         else:
             lost = max(0, self._reached - restored.step) if self._reached else None
             if self._changes:
