@@ -111,6 +111,7 @@ def test_a_second_node_is_lost_while_the_first_comes_back(tmp_path: Path, seed: 
         assert job.result(4) == control
 
 
+@pytest.mark.campaign
 def test_a_job_that_was_killed_goes_on_with_its_nodes_in_their_places(tmp_path: Path) -> None:
     """A spare has taken the place of node 0; the launch that follows cannot tell by addresses."""
     with netns.network(tmp_path, 4) as net:

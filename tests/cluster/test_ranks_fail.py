@@ -72,6 +72,7 @@ def test_nobody_comes(tmp_path: Path) -> None:
             assert "waited 8s (recover.no_spare)" in job.said()
 
 
+@pytest.mark.campaign
 def test_nobody_takes_a_lost_nodes_place(tmp_path: Path) -> None:
     """What is left stays in memory, and a relaunch goes on from there."""
     with netns.network(tmp_path, 3) as net:
