@@ -584,6 +584,11 @@ def test_buffers_that_do_not_fit_are_refused_with_the_numbers(paths: RunPaths, r
         r"the (host|container) has \d+\.\d GiB of \d+\.\d GiB left\. Shard replicas",
     ):
         rank.client.tell(m.Reserve(2**50, 2))
+    rank.client.tell(m.Reserve(1000, 2, 0.5))
+    with pytest.raises(
+        HostMemoryError, match=r"and parities of 1048576\.0 GiB for other nodes need"
+    ):
+        rank.client.tell(m.Reserve(2**30, 2, 2.0**20))
     with pytest.raises(HostMemoryError, match=r"1048576\.0 GiB for rank 0 does not fit"):
         rank.begin(9, 2**50)
     rank.client.tell(m.Reserve(1000, 2))

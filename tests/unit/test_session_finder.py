@@ -21,7 +21,7 @@ class Memory:
 
     def __init__(self, *ticks: int, life: str = "a7", damaged: int = 0) -> None:
         identity = {"life": life, "world": "2"}
-        state = {"state": {}, "rng": {}, "base": None}
+        state: dict[str, Any] = {"state": {}, "rng": {}, "base": None}
         self._made = [Candidate(t, t // 2, state, (), identity, "memory") for t in ticks]
         self.held, self.world_size, self.life, self.damaged = True, 2, int(life, 16), damaged
 

@@ -213,8 +213,8 @@ class Keeper:
         announce.unattended(self.paths)
         start = announce.Start(self.config, self.identity, self.fit, self.place.world_size)
         if restored is None:
-            found, lost = self._finder, self._recall.lost
-            start.fresh(self.journal, damaged=found.damaged, lost=lost, apart=found.apart)
+            found, gone = self._finder, self._recall.lost
+            start.fresh(self.journal, damaged=found.damaged, lost=gone, apart=found.apart)
         else:
             lost = max(0, self._reached - restored.step) if self._reached else None
             if self._changes:
@@ -243,7 +243,8 @@ class Keeper:
             HostMemoryError: They will not; the message has the numbers.
         """
         buffers = 3 if self._persist or self._protection else 2
-        self._link.ask(m.Reserve(size // self._share.replicas, buffers), m.Done)
+        parities = self._protection.parity_share if self._protection else 0.0
+        self._link.ask(m.Reserve(size // self._share.replicas, buffers, parities), m.Done)
         if self.place.rank == 0:
             total = 2 * size // self._share.replicas * self.place.members
             protection = self._protection if self._recall.reachable else None

@@ -45,6 +45,12 @@ class Protection:
     groups: int
     """How many of them there are."""
 
+    @property
+    def parity_share(self) -> float:
+        """What a node keeps for others, over the size of one generation of its own: two sets."""
+        parities = self.group.parities
+        return 2 * parities / (len(self.group.nodes) - parities)
+
     def __str__(self) -> str:
         nodes, parities = len(self.group.nodes), self.group.parities
         many = "one" if parities == 1 else f"any {parities}"

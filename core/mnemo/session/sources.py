@@ -80,6 +80,8 @@ class MemorySource:
         """Whether there was any."""
         self.world_size = 0
         """Of how many ranks the newest is that can be used; 0 if none is, or it does not say."""
+        self.life = 0
+        """Of the newest that can be used; see `Candidate.life`."""
 
     def newest(self, below: int | None, newer_than: int) -> Candidate | None:
         """See `StateSource`."""
@@ -104,6 +106,7 @@ class MemorySource:
                 self.damaged += 1
             else:
                 self.world_size = self.world_size or int(found.identity.get("world", "0"))
+                self.life = self.life or found.life
                 return found
             finally:
                 close_all(fds)

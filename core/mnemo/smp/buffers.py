@@ -15,23 +15,25 @@ Key = tuple[int, int]
 """Rank, and the index of one of its segments."""
 
 
-def require_room(size: int, buffers: int, members: int, *, held: int) -> None:
+def require_room(size: int, buffers: int, members: int, *, parities: int, held: int) -> None:
     """Make sure that ``members`` ranks can have ``buffers`` segments of ``size`` bytes each.
 
     Args:
         size: Bytes of one segment.
         buffers: Segments of one rank.
         members: Ranks.
-        held: Bytes of those that there are already.
+        parities: Bytes of other nodes' parities.
+        held: Bytes of all these that there are already.
 
     Raises:
         HostMemoryError: They do not fit; the message has the numbers.
     """
-    wanted = size * buffers * members
+    wanted = size * buffers * members + parities
     limit = memory_limit()
     if wanted - held > limit.available:
         raise HostMemoryError(
-            f"{buffers} snapshot buffers of {_size(size)} for {members} ranks need "
+            f"{buffers} snapshot buffers of {_size(size)} for {members} ranks"
+            f"{f' and parities of {_size(parities)} for other nodes' if parities else ''} need "
             f"{_size(wanted)}; the {limit.bound} has {_size(limit.available)} of "
             f"{_size(limit.total)} left. "
             "Shard replicas (snapshot.shard_replicas), or raise the limit"

@@ -221,6 +221,11 @@ class Commits:
         return {node for group in (current, self._group) if group for node in group.nodes}
 
     @property
+    def parity_memory(self) -> int:
+        """Bytes of other nodes' parities."""
+        return 0 if self._protection is None else int(self._protection.status()["memory"])
+
+    @property
     def not_protected(self) -> str:
         """Why nothing newer is being protected; empty if it is, or nothing should be."""
         return "" if self._protection is None else self._protection.failure

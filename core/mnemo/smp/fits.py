@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -178,7 +179,9 @@ class Fit:
         """See `m.Reserve`."""
         del seat
         size, members = request.size, self.shelf.members
-        require_room(size, request.buffers, members, held=self._memory)
+        parities = math.ceil(request.parities * size * members)
+        held = self._memory + self.commits.parity_memory
+        require_room(size, request.buffers, members, parities=parities, held=held)
         return m.Done(), []
 
     async def begin(self, seat: Seat, request: m.Begin) -> Answer:

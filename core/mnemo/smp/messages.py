@@ -16,6 +16,7 @@ PROTOCOL: Final = 1
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """A number that fits the segment header: ticks, steps, ranks, sizes in bytes."""
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Message(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
@@ -149,10 +150,17 @@ class Recalled(Message, frozen=True):
 
 
 class Reserve(Message, frozen=True):
-    """Are ``size`` bytes, twice, to be had? Asked before training starts."""
+    """Are segments of ``size`` bytes to be had? Asked before training starts.
+
+    Attributes:
+        size: Of one rank's segment.
+        buffers: Segments of one rank.
+        parities: What the node keeps for others, over the size of one generation of its own.
+    """
 
     size: Count
     buffers: Count
+    parities: Share = 0.0
 
 
 class Begin(Message, frozen=True):
