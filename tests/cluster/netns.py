@@ -187,7 +187,7 @@ def network(directory: Path, hosts: int) -> Iterator[Network]:
 
 
 def names() -> Iterator[str]:
-    """Of all namespaces of this lab that there are on the machine."""
+    """Of all namespaces of this lab that there are on the machine, other tests' too."""
     for line in _ip("netns", "list").splitlines():
         if line.startswith("mnemo-"):
             yield line.split()[0]
