@@ -98,6 +98,7 @@ def agents() -> Iterator[Agents]:
     made.close()
 
 
+@pytest.mark.campaign
 def test_four_nodes_agree_and_replace_one_and_then_the_host(agents: Agents) -> None:
     for name in "abcde":
         agents.start(name, nodes=4)

@@ -270,6 +270,7 @@ def test_sigterm_on_one_node_stops_all_at_the_same_step(
     assert f"resumed from memory at step {done.pop()}, 0 steps lost" in said
 
 
+@pytest.mark.campaign
 def test_a_hung_snapshot_process_holds_nobody_up_at_the_end(
     cluster: Callable[..., Cluster],
 ) -> None:
@@ -311,6 +312,7 @@ def test_snapshots_that_a_slow_attempt_leaves_no_buffer_for_are_counted(
     assert "snapshots are skipped while one is being protected" in made.said[0]
 
 
+@pytest.mark.campaign
 def test_who_keeps_protection_from_going_on_is_named_on_every_node(
     cluster: Callable[..., Cluster],
 ) -> None:

@@ -132,6 +132,7 @@ async def besiege(nodes: list[lab.Node], chance: random.Random) -> None:
             sock.close()
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(300)
 def test_a_state_of_200_mb_among_enemies(seed: int) -> None:
     chance = random.Random(seed)
