@@ -7,6 +7,7 @@ otherwise be inherited by all later generations.
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ import xxhash
 
 from mnemo.errors import FragmentError
 from mnemo.protect.shard import Fragments
+
+log = logging.getLogger("mnemo.protect")
 
 
 class Old(NamedTuple):
@@ -60,7 +63,10 @@ def check(old: Old) -> None:
         FragmentError: It is not.
     """
     if xxhash.xxh3_64_intdigest(old.data) != old.digest:
-        raise FragmentError("what is kept of the last protected generation is damaged")
+        why = "what is kept of the last protected generation is damaged"
+        # Said here: another node may notice the hang-up before the leader hears of the reason.
+        log.warning("%s: its checksum is %#018x no more", why, old.digest)
+        raise FragmentError(why)
 
 
 def add(part: memoryview, old: Old) -> None:
