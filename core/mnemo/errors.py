@@ -27,7 +27,8 @@
     │   ├── TooFewFragmentsError          fewer than k fragments are left
     │   └── EngineError                   the engine asked for is absent or computes wrongly
     ├── ProtectionError                   a generation could not be protected over nodes, or rebuilt
-    │   └── ShardsLostError               more nodes were lost than the parities make up for
+    │   ├── ShardsLostError               more nodes were lost than the parities make up for
+    │   └── SalvageError                  what is left when a job ends could not be stored
     ├── MembershipError                   which nodes belong to the run could not be agreed on
     │   ├── StoreLostError (ConnectionError)  a Store did not answer in time
     │   └── MembershipRecordError         a Store holds what this run did not write
@@ -154,6 +155,10 @@ class ProtectionError(MnemoError):
 
 class ShardsLostError(ProtectionError):
     """More nodes of a group were lost than its parities make up for."""
+
+
+class SalvageError(ProtectionError):
+    """Nobody takes a lost node's place, and what the others keep could not be stored."""
 
 
 class MembershipError(MnemoError):

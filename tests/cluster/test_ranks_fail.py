@@ -70,22 +70,3 @@ def test_nobody_comes(tmp_path: Path) -> None:
             job.start(*net.hosts)
             assert job.codes() == [1]
             assert "waited 8s (recover.no_spare)" in job.said()
-
-
-@pytest.mark.campaign
-def test_nobody_takes_a_lost_nodes_place(tmp_path: Path) -> None:
-    """What is left stays in memory, and a relaunch goes on from there."""
-    with netns.network(tmp_path, 3) as net:
-        settings = {"MNEMO_PROTECT__NODES": "2+1", "MNEMO_RECOVER__NO_SPARE": "wait 8s"}
-        job = Job(net, tmp_path / "job", "3", 300, settings)
-        with job.explained():
-            job.start(*net.hosts)
-            until("a protected step", lambda: job.protected_step(*net.hosts) > 5)
-            net.hosts[2].lose()
-            assert job.codes(*net.hosts[:2]) == [EXIT_STATE_SAVED] * 2
-            assert "stays in memory: start again" in job.said(net.hosts[0])
-            job.settings["MNEMO_RECOVER__NO_SPARE"] = "wait 60s"
-            job.start(*net.hosts)
-            assert job.codes() == [0, 0, 0]
-            assert "→ resumed from memory" in job.said(net.hosts[0])
-        assert job.steps_done() == 300

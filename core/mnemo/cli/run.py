@@ -11,7 +11,13 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperCommand
 
-from mnemo.config import CONFIG_VARIABLE, load_config, overrides_to_environ, parse_duration
+from mnemo.config import (
+    CONFIG_VARIABLE,
+    Then,
+    load_config,
+    overrides_to_environ,
+    parse_duration,
+)
 from mnemo.errors import ConfigError, CrashLoopError, LaunchError
 from mnemo.launcher import Agent, LaunchOptions
 from mnemo.launcher.joining import join
@@ -188,6 +194,7 @@ def run(
             interface=settings.network.interface,
             paths=paths,
             wait_s=settings.recover.no_spare,
+            saves=settings.recover.then is Then["save-and-exit"],
             say=terminal.say,
         )
     agent = Agent(

@@ -14,6 +14,7 @@ from mnemo.config.schema import (
     Resume,
     RunConfig,
     SnapshotConfig,
+    Then,
     settings,
 )
 from mnemo.config.sources import overrides_to_environ
@@ -36,6 +37,7 @@ __all__ = [
     "Resume",
     "RunConfig",
     "SnapshotConfig",
+    "Then",
     "format_duration",
     "format_fraction",
     "format_size",

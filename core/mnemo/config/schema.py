@@ -42,6 +42,11 @@ class Overrun(str, Enum):
     """That snapshot is given up."""
 
 
+Then = Enum("Then", {"save-and-exit": "save-and-exit", "exit": "exit"}, type=str)
+"""What follows where nobody takes a lost node's place: the others store what they keep in memory
+first (`persist.to`), or not. Either way they exit with 75."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Which run this is, and where its small files lie."""
@@ -116,6 +121,9 @@ class RecoverConfig:
     """Seconds after SIGTERM to save the state and exit with 75."""
     no_spare: Annotated[float, kinds.WAIT] = 300.0
     """How long the nodes that are left wait for one that takes a lost node's place: `wait 5min`."""
+    then: Annotated[Then, kinds.choice(Then)] = Then["save-and-exit"]
+    """What they do then: exit with 75, and before that store the newest step that all have or can
+    rebuild, if `persist.to` is set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,15 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from mnemo.clock import SystemClock
 from mnemo.config import format_duration
-from mnemo.errors import LaunchError, MembershipRecordError, StoreLostError
+from mnemo.errors import (
+    LaunchError,
+    MnemoError,
+    SalvageError,
+    StoreLostError,
+)
 from mnemo.launcher import rendezvous
 from mnemo.launcher.restarts import Ended, Position
+from mnemo.launcher.said import Said
+from mnemo.launcher.salvage import Salvage, Salvaged
 from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Report
 from mnemo.membership import Driver, Epoch, Machine, Member, Rules, Seal
@@ -25,11 +32,11 @@ from mnemo.types import EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from mnemo.launcher.c10d import C10dStores
     from mnemo.launcher.etcd import EtcdStores
     from mnemo.launcher.rendezvous import Nodes
+    from mnemo.smp.paths import RunPaths
 
 _POLL_S: Final = 0.1
 _DEPUTIES: Final = 2
@@ -43,7 +50,6 @@ _LOST_PEER: Final = re.compile(
     r"[Cc]onnection (was )?(reset|refused|closed)|[Bb]roken pipe|[Tt]imed out|NCCL|gloo"
 )
 """What ranks say whose peer is gone."""
-_T = TypeVar("_T", bound=msgspec.Struct)
 
 
 class Port(msgspec.Struct, frozen=True, array_like=True):
@@ -70,7 +76,8 @@ class Cluster:
         rules: Of the run.
         seal: Of the run.
         stores: Speaks to Stores, and hosts one.
-        verdicts: Where ``mnemo confirm-lost`` leaves the names of nodes that are surely dead.
+        paths: The run's on this node, where ``mnemo confirm-lost`` leaves its word, too.
+        saves: Whether what is kept is stored where nobody takes a lost node's place.
         say: Tells the user.
     """
 
@@ -83,19 +90,21 @@ class Cluster:
         rules: Rules,
         seal: Seal,
         stores: C10dStores | EtcdStores,
-        verdicts: Path,
+        paths: RunPaths,
+        saves: bool,
         say: Callable[[str], None],
     ) -> None:
         self._me = me
         self._places = places
         self._nodes = nodes
         self._rules = rules
-        self._seal = seal
         self._stores = stores
-        self._verdicts = verdicts
+        self._paths = paths
+        self._saves = saves
         self._say = say
         self._machine = Machine(me, seal, rules, places, SystemClock().monotonic())
         self._driver = Driver(self._machine, stores, self, rules)
+        self._said = Said(stores, self._machine, seal)
         self._driving: asyncio.Task[None] | None = None
         self._epoch: Epoch | None = None
         """Of the seat that was taken last."""
@@ -154,7 +163,7 @@ class Cluster:
             assert me is not None
             with contextlib.suppress(StoreLostError):
                 if me == 0:
-                    await self._put(f"port/{epoch.number}", Port(port))
+                    await self._said.put(f"port/{epoch.number}", Port(port))
                 found = await self._await_port(epoch)
                 if found is not None:
                     self._epoch = epoch
@@ -201,14 +210,7 @@ class Cluster:
             changed.cancel()
             if self._driving.done():
                 self._driving.result()
-                gave_up = (
-                    f"waited {format_duration(self._rules.give_up_s)} (recover.no_spare): "
-                    f"{self._machine.waits_for}"
-                )
-                if self._epoch is None:
-                    raise LaunchError(gave_up)
-                self._say(gave_up)
-                return Ended(EXIT_STATE_SAVED)
+                return await self._give_up()
             if (end := await self._end_of_job()) is not None:
                 return end
             self._hear_operator()
@@ -217,6 +219,42 @@ class Cluster:
                 self._say(f"waiting: {why}{self._advice()}")
                 said = why
         return self._granted
+
+    async def _give_up(self) -> Ended:
+        """Nobody took a lost node's place in time.
+
+        Raises:
+            LaunchError: There was no life before.
+        """
+        words = (
+            f"waited {format_duration(self._rules.give_up_s)} (recover.no_spare): "
+            f"{self._machine.waits_for}"
+        )
+        epoch = self._epoch
+        if epoch is None:
+            raise LaunchError(words)
+        self._say(words)
+        if self._saves:
+            try:
+                found = await self._store_what_is_left(epoch)
+                self._say(f"step {found.step} of all ranks is in {found.url}")
+            except MnemoError as error:
+                self._say(f"what is left is not stored: {error}")
+        return Ended(EXIT_STATE_SAVED)
+
+    async def _store_what_is_left(self, epoch: Epoch) -> Salvaged:
+        """See `Salvage`.
+
+        Raises:
+            MnemoError: It is not stored.
+        """
+        rank = epoch.rank_of(self._me.key)
+        assert rank is not None
+        if self._machine.is_stuck or epoch != self._machine.committed:
+            raise SalvageError("other nodes may have decided to go on without this one")
+        self._say("storing what the nodes that are left keep")
+        said = self._said.below(f"salvage/{epoch.number}")
+        return await Salvage(self._paths, epoch, rank, said).run(self._machine.left)
 
     async def _end_of_job(self) -> Ended | None:
         """That others have ended it, as a spare learns.
@@ -227,7 +265,7 @@ class Cluster:
         if not self._machine.place or epoch is None:
             return None
         with contextlib.suppress(StoreLostError):
-            end = await self._read(f"over/{epoch.number}", End)
+            end = await self._said.read(f"over/{epoch.number}", End)
             if self._earlier is None:
                 self._earlier = epoch.number if end else 0
             if end is not None and epoch.number != self._earlier:
@@ -237,8 +275,8 @@ class Cluster:
     def _hear_operator(self) -> None:
         """Take what ``mnemo confirm-lost`` has left."""
         try:
-            names = self._verdicts.read_text().splitlines()
-            self._verdicts.unlink()
+            names = self._paths.verdicts.read_text().splitlines()
+            self._paths.verdicts.unlink()
         except FileNotFoundError:
             return
         members = self._machine.committed.members if self._machine.committed else ()
@@ -258,12 +296,12 @@ class Cluster:
         others = [m.address for m in self._machine.committed.members if m.key != self._me.key]
         return (
             f" (the others are {', '.join(others)}). If some are surely dead: mnemo confirm-lost "
-            f"ADDRESS… --run {self._verdicts.parent.name}"
+            f"ADDRESS… --run {self._paths.run_id}"
         )
 
     async def _await_port(self, epoch: Epoch) -> Port | None:
         while self._granted is epoch:
-            found = await self._read(f"port/{epoch.number}", Port)
+            found = await self._said.read(f"port/{epoch.number}", Port)
             if found is not None:
                 return found
             await asyncio.sleep(_POLL_S)
@@ -280,7 +318,7 @@ class Cluster:
         assert self._epoch is not None
         end = None
         with contextlib.suppress(StoreLostError):
-            end = await self._read(f"end/{self._epoch.number}", End)
+            end = await self._said.read(f"end/{self._epoch.number}", End)
         if end is None:
             return Report(cause="")
         position = Position(*end.position) if end.position else None
@@ -306,9 +344,9 @@ class Cluster:
         position = (at.epoch, at.batch, at.step) if at else None
         end = End(report.code, report.cause, position)
         with contextlib.suppress(StoreLostError):
-            await self._put(f"end/{self._epoch.number}", end)
+            await self._said.put(f"end/{self._epoch.number}", end)
             if report.code is not None:
-                await self._put(f"over/{self._epoch.number}", end)
+                await self._said.put(f"over/{self._epoch.number}", end)
         self._driver.end_epoch()
 
     async def all_ended(self, code: int) -> int | None:
@@ -320,11 +358,11 @@ class Cluster:
         keys = [f"exit/{epoch.number}/{rank}" for rank in range(len(epoch.members))]
         while not self.is_over:
             with contextlib.suppress(StoreLostError):
-                await self._put(f"exit/{epoch.number}/{mine}", End(code))
-                ends = [await self._read(key, End) for key in keys]
+                await self._said.put(f"exit/{epoch.number}/{mine}", End(code))
+                ends = [await self._said.read(key, End) for key in keys]
                 codes = [end.code or 0 for end in ends if end is not None]
                 if len(codes) == len(keys):
-                    await self._put(f"over/{epoch.number}", End(max(codes)))
+                    await self._said.put(f"over/{epoch.number}", End(max(codes)))
                     return max(codes)
             await asyncio.sleep(_POLL_S)
         return None
@@ -332,7 +370,7 @@ class Cluster:
     async def close(self) -> None:
         """See `Team.close`."""
         self._idle.set()
-        if self._driving is not None and not self._driving.done():
+        if self._driving is not None:
             with contextlib.suppress(StoreLostError, TimeoutError):
                 await asyncio.wait_for(self._part(), _FAREWELL_S)
             self._driving.cancel()
@@ -341,29 +379,12 @@ class Cluster:
 
     async def _part(self) -> None:
         """Whoever hosts the Store leaves last."""
-        await self._put(f"left/{self._me.key}", End(0))
+        await self._said.put(f"left/{self._me.key}", End(0))
         if self._machine.place != self._me.store:
             return
-        members = {member.key for member in self._epoch.members} if self._epoch else set()
-        for key in members | self._machine.present:
-            while await self._read(f"left/{key}", End) is None:
+        for key in self._machine.present:
+            while await self._said.read(f"left/{key}", End) is None:
                 await asyncio.sleep(_POLL_S)
-
-    # --- the launcher's records ---------------------------------------------------------------
-
-    async def _put(self, key: str, record: msgspec.Struct) -> None:
-        """Set what is set once: the first stays."""
-        store = await self._stores.store(self._machine.place)
-        await store.compare_set(key, None, self._seal.wrap(key, record))
-
-    async def _read(self, key: str, kind: type[_T]) -> _T | None:
-        store = await self._stores.store(self._machine.place)
-        (raw,) = await store.get((key,))
-        if raw is None:
-            return None
-        with contextlib.suppress(MembershipRecordError):  # a stranger's
-            return self._seal.unwrap(key, raw, kind)
-        return None
 
 
 def _what_was_lost(epoch: Epoch) -> str:

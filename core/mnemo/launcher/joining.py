@@ -35,6 +35,7 @@ def join(
     interface: str,
     paths: RunPaths,
     wait_s: float,
+    saves: bool,
     say: Callable[[str], None],
 ) -> Cluster:
     """This node's agent among those of a job.
@@ -48,6 +49,7 @@ def join(
         interface: `network.interface`.
         paths: The run's on this node; tell agents on one machine apart.
         wait_s: Seconds to wait for enough nodes.
+        saves: Whether what the others keep is stored where they wait in vain.
         say: Tells the user.
 
     Raises:
@@ -80,7 +82,8 @@ def join(
         rules=Rules(nodes=nodes.count, give_up_s=wait_s, arbiter=etcd),
         seal=Seal(auth.load_or_create_secret(Path(file)), run_id),
         stores=EtcdStores(run_id) if etcd else C10dStores(run_id),
-        verdicts=paths.verdicts,
+        paths=paths,
+        saves=saves,
         say=say,
     )
 

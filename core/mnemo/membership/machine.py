@@ -154,6 +154,18 @@ class Machine:
         return frozenset(self._seat.living() if self._seat else ())
 
     @property
+    def left(self) -> tuple[int, ...] | None:
+        """Node ranks of the members of `committed` that are here, where no epoch can follow it.
+
+        None where this agent has not looked just now, or too few are here to tell: the others may
+        have decided something else.
+        """
+        seat, epoch = self._seat, self.committed
+        if seat is None or epoch is None or self.is_stuck or not seat.has_looked:
+            return None
+        return tuple(rank for rank, m in enumerate(epoch.members) if m.key in self.present)
+
+    @property
     def has_given_up(self) -> bool:
         """Whether it has waited for longer than `Rules.give_up_s`: save the state and exit."""
         waited = self._moment.now - self._idle_since

@@ -9,7 +9,7 @@ import msgspec
 
 from mnemo.errors import StoreLostError
 from mnemo.membership.coordinator import decide, follow_up
-from mnemo.membership.lease import Lease
+from mnemo.membership.lease import NEVER, Lease
 from mnemo.membership.records import (
     HEAD,
     JOINED,
@@ -70,8 +70,14 @@ class Seat:
         self._head_raw: bytes | None = None
         self._wrote = b""
         self._serial = 0
+        self._looked_at = NEVER
 
     # --- what it says -------------------------------------------------------------------------
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether `living` is as it was a moment ago."""
+        return self._moment.now - self._looked_at < self._rules.node_loss_s
 
     def living(self) -> dict[str, Member]:
         """Agents that are not lost, by key, as far as this one has looked."""
@@ -149,6 +155,7 @@ class Seat:
         patience = self._rules.node_loss_s * (1 + min(line // _DEPUTIES, _DEPUTIES))
         if acts or line < _DEPUTIES or silence > patience:
             yield from self._roll.refresh(self.place)
+            self._looked_at = self._moment.now
             if acts or silence > self._rules.node_loss_s:
                 yield from self._act(head)
 

@@ -103,16 +103,12 @@ def protection_of(config: ResolvedConfig, place: Place, paths: RunPaths) -> Prot
     if place.rank == 0:
         for line in grouping.degraded:
             report.say(line)
-    me = _name(place.node)
+    me = m.node_name(place.node)
     group = grouping.of(me)
     assert group is not None  # there are at least two nodes
     addresses = {name: (nodes[name].host, nodes[name].port) for name in group.nodes}
     settings = m.ProtectSettings(me, group.nodes, group.parities, addresses, config.protect.rate)
     return Protection(settings, group, len(grouping.groups))
-
-
-def _name(node: int) -> str:
-    return f"node-{node}"
 
 
 def _exchange(config: ResolvedConfig, place: Place, paths: RunPaths) -> dict[str, Node]:
@@ -124,7 +120,7 @@ def _exchange(config: ResolvedConfig, place: Place, paths: RunPaths) -> dict[str
     with or_none(place, ConfigError, IdentityError, SmpError):
         mine = _listen(config, place, paths)
     told = place.gather(msgspec.msgpack.encode(mine))
-    return {_name(i): _decode(told[leader]) for i, leader in enumerate(place.leaders)}
+    return {m.node_name(i): _decode(told[leader]) for i, leader in enumerate(place.leaders)}
 
 
 def _listen(config: ResolvedConfig, place: Place, paths: RunPaths) -> Node:
@@ -142,7 +138,7 @@ def _listen(config: ResolvedConfig, place: Place, paths: RunPaths) -> Node:
         if place.local_rank:  # the first rank's settings count
             return Node("", 0, config.protect.domain)
         network = config.network
-        request = m.Listen(_name(place.node), network.interface, network.ports)
+        request = m.Listen(m.node_name(place.node), network.interface, network.ports)
         at, _ = client.ask(request, m.Listening)
     return Node(at.host, at.port, config.protect.domain)
 

@@ -49,10 +49,10 @@ class Commits:
         self.differ = ""
         """How replicas were found to differ; empty if they never were."""
         self._protection: Protection | None = None
+        self.settings: m.ProtectSettings | None = None
+        """How the newest life wants it to be protected; None if it is not to be."""
         self._regroup: Callable[[], Protection] | None = None
         """Makes the protection in the group that the next life has been given."""
-        self._group: Group | None = None
-        """That group, also where it is the one before."""
         self._shelf = shelf
         self._buffers = buffers
         self._counts = counts
@@ -92,7 +92,7 @@ class Commits:
             self._compare(committed.tick)
             if self.persister is not None and self._is_to_be_stored(committed.tick, self.persister):
                 task = asyncio.get_running_loop().create_task(
-                    self._persist(self.persister, self._pin_newest())
+                    self._persist(self.persister, self._pin(None))
                 )
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -154,18 +154,21 @@ class Commits:
         # Later would be too late: it may be another generation then than the others store.
         return not persister.lock.locked()
 
-    async def flush(self) -> int:
-        """Persist the newest generation; the step of the newest checkpoint on storage, or -1."""
-        if self.persister is None:
-            return -1
-        async with self.persister.lock:  # what is newest then
-            pinned = self._pin_newest()
-        await self._persist(self.persister, pinned)
-        return self.persister.newest_step
+    async def flush(self, tick: int | None = None) -> m.Flushed:
+        """Persist generation ``tick``, if it is there, or the newest."""
+        persister = self.persister
+        if persister is None:
+            return m.Flushed(-1)
+        async with persister.lock:  # what is newest then
+            pinned = self._pin(tick)
+        await self._persist(persister, pinned)
+        return m.Flushed(persister.newest_step, persister.failure)
 
-    def _pin_newest(self) -> tuple[m.Generation | None, list[int], list[Slot]]:
-        """The newest generation, which stays; `_persist` has to follow at once."""
-        fetched, fds, slots = self.fetch(None)
+    def _pin(self, tick: int | None) -> tuple[m.Generation | None, list[int], list[Slot]]:
+        """Generation ``tick`` or the newest, which stays; `_persist` has to follow at once."""
+        fetched, fds, slots = self.fetch(None if tick is None else tick + 1)
+        if fetched.generation is not None and tick not in (None, fetched.generation.tick):
+            return None, [], []
         for slot in slots:
             slot.pins += 1
         return fetched.generation, fds, slots
@@ -201,16 +204,16 @@ class Commits:
             segments = Segments(self._shelf, self._buffers, self._wake)
             return Protection(fit, settings, neighbours, segments)
 
-        known, self._group = self._protection, group
+        known, self.settings = self._protection, settings
         self._regroup = make if known is not None and known.group != group else None
         if self._regroup is not None and self.newest is None:
             self._regroup = None
-            await self.unprotect()
+            await self._end_protection()
         if self._protection is None:
             self._protection = make()
 
     async def _change_group(self, make: Callable[[], Protection], tick: int) -> None:
-        await self.unprotect()
+        await self._end_protection()
         self._protection = make()
         self._protection.forget_after(tick)
 
@@ -218,7 +221,8 @@ class Commits:
     def neighbours(self) -> set[str]:
         """Nodes that generations are shared with, or will be."""
         current = None if self._protection is None else self._protection.group
-        return {node for group in (current, self._group) if group for node in group.nodes}
+        nodes = set(current.nodes if current else ())
+        return nodes.union(self.settings.group if self.settings else ())
 
     @property
     def parity_memory(self) -> int:
@@ -245,7 +249,11 @@ class Commits:
 
     async def unprotect(self) -> None:
         """Take no part in the group any more."""
-        protection, self._protection, self._group = self._protection, None, None
+        self.settings = None
+        await self._end_protection()
+
+    async def _end_protection(self) -> None:
+        protection, self._protection = self._protection, None
         if protection is not None:
             await protection.close()
 

@@ -173,6 +173,12 @@ class Fit:
         del seat, request
         return await self.commits.recall(), []
 
+    def look(self) -> m.Looked:
+        """See `m.Look`."""
+        commits = self.commits
+        persist = None if commits.persister is None else commits.persister.settings
+        return m.Looked(self.number, self.shelf.all_committed(), persist, commits.settings)
+
     # --- generations --------------------------------------------------------------------------
 
     async def reserve(self, seat: Seat, request: m.Reserve) -> Answer:

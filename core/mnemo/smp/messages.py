@@ -65,6 +65,11 @@ class PersistSettings(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where there are several nodes, which of them: each stores its own ranks' parts."""
 
 
+def node_name(number: int) -> str:
+    """What the ``number``-th node of a run is called."""
+    return f"node-{number}"
+
+
 class ProtectSettings(msgspec.Struct, frozen=True, omit_defaults=True):
     """Protection over several nodes: who this node is, its group, and where all of them listen."""
 
@@ -259,15 +264,34 @@ class Leave(Message, frozen=True):
 
 
 class Flush(Message, frozen=True):
-    """Persist the newest committed generation now, and answer when that is done."""
+    """Persist a committed generation now, and answer when that is done."""
 
     fit: Count
+    tick: Count | None = None
+    """Which one; None for the newest."""
 
 
 class Flushed(Message, frozen=True):
-    """Step of the newest checkpoint on storage, or -1."""
+    """Step of the checkpoint that was written last, or -1."""
 
     step: int
+    failure: str = ""
+    """Why none could be written this time; empty if it was, or there was nothing to write."""
+
+
+class Look(Message, frozen=True):
+    """What is kept of the newest training that has not ended well? Asked when no rank is left."""
+
+
+class Looked(Message, frozen=True):
+    """That training, and how its ranks had it stored and protected."""
+
+    fit: int = -1
+    """-1: there is none."""
+    steps: dict[int, int] = {}
+    """Step by tick, of all committed generations."""
+    persist: PersistSettings | None = None
+    protect: ProtectSettings | None = None
 
 
 class Status(Message, frozen=True):
@@ -312,6 +336,7 @@ Request = (
     | Over
     | Leave
     | Flush
+    | Look
     | Status
     | Attend
     | Shutdown
@@ -329,6 +354,7 @@ Reply = (
     | Sealed
     | Fetched
     | Flushed
+    | Looked
     | StatusReply
 )
 

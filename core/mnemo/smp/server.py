@@ -267,9 +267,9 @@ class Server:
             return self._fetch(client, request)
         if isinstance(request, m.Flush):
             fit = self._fits.get(request.fit)
-            return m.Flushed(-1 if fit is None else await fit.commits.flush()), []
-        if isinstance(request, m.Status):
-            return m.StatusReply(msgspec.json.encode(self.status())), []
+            return m.Flushed(-1) if fit is None else await fit.commits.flush(request.tick), []
+        if isinstance(request, m.Look | m.Status):
+            return self._tell(request), []
         if isinstance(request, m.Attend | m.Shutdown | m.Rollback):
             await self._manage(client, request)
             return m.Done(), []
@@ -312,6 +312,13 @@ class Server:
         else:
             await fit.commits.unprotect()
         return m.Joined(fit.commits.newest), [fit.board.fd]
+
+    def _tell(self, request: m.Look | m.Status) -> m.Message:
+        if isinstance(request, m.Status):
+            return m.StatusReply(msgspec.json.encode(self.status()))
+        wanted = [fit for fit in self._fits.values() if not fit.is_finished]
+        newest = max(wanted, key=lambda fit: fit.number, default=None)
+        return m.Looked() if newest is None else newest.look()
 
     def _listen(self, request: m.Listen) -> m.Listening:
         if self._neighbours is None:

@@ -1,0 +1,61 @@
+"""What agents tell each other in the Store that they take part in, each thing once."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from mnemo.errors import MembershipRecordError
+
+if TYPE_CHECKING:
+    from mnemo.membership import Machine, Seal, Stores
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+class Said:
+    """The launcher's own records, beside those of `mnemo.membership`.
+
+    Args:
+        stores: Speaks to Stores.
+        machine: Knows in which one this agent takes part.
+        seal: Of the run.
+        prefix: Of all keys.
+    """
+
+    def __init__(self, stores: Stores, machine: Machine, seal: Seal, prefix: str = "") -> None:
+        self._stores = stores
+        self._machine = machine
+        self._seal = seal
+        self._prefix = prefix
+
+    def below(self, prefix: str) -> Said:
+        """Those whose keys begin with ``prefix``."""
+        return Said(self._stores, self._machine, self._seal, f"{self._prefix}{prefix}/")
+
+    async def put(self, key: str, record: msgspec.Struct) -> None:
+        """Set what is set once: the first stays.
+
+        Raises:
+            StoreLostError: The Store does not answer.
+        """
+        key = self._prefix + key
+        store = await self._stores.store(self._machine.place)
+        await store.compare_set(key, None, self._seal.wrap(key, record))
+
+    async def read(self, key: str, kind: type[_T]) -> _T | None:
+        """What it was set to; None if nobody did.
+
+        Raises:
+            StoreLostError: The Store does not answer.
+        """
+        key = self._prefix + key
+        store = await self._stores.store(self._machine.place)
+        (raw,) = await store.get((key,))
+        if raw is None:
+            return None
+        with contextlib.suppress(MembershipRecordError):  # a stranger's
+            return self._seal.unwrap(key, raw, kind)
+        return None

@@ -1,0 +1,260 @@
+"""What the nodes that are left keep goes to storage, where nobody takes a lost one's place.
+
+The ranks are gone by then. Each node's snapshot process has its own part; in a lost node's name one
+of its group starts another such process, which has the lost part rebuilt from the others' memory,
+and stores it as that node would have. Nothing of it needs torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+
+from mnemo.errors import MnemoError, SalvageError
+from mnemo.smp import lifecycle
+from mnemo.smp import messages as m
+from mnemo.smp.paths import RunPaths
+from mnemo.transport.local import close_all
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from mnemo.launcher.said import Said
+    from mnemo.membership import Epoch
+    from mnemo.smp.client import SmpClient
+
+_POLL_S: Final = 0.1
+_PATIENCE_S: Final = 1800.0
+"""How long the slowest node may take, for all of it."""
+_KEEP_ALIVE_S: Final = 60.0
+"""How long a lost node's part stays where the agent that has it dies."""
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+class There(msgspec.Struct, frozen=True, array_like=True):
+    """Node ranks of those who are left, as the first who looked has seen it."""
+
+    nodes: tuple[int, ...]
+
+
+class Kept(msgspec.Struct, frozen=True, array_like=True):
+    """What one agent can store: step by tick, each for all of ``nodes``."""
+
+    nodes: tuple[int, ...]
+    steps: dict[int, int]
+    failure: str = ""
+
+
+class Stored(msgspec.Struct, frozen=True, array_like=True):
+    """Whether it has."""
+
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Salvaged:
+    """What is on storage now.
+
+    Attributes:
+        step: Of the checkpoint.
+        url: Where it is.
+    """
+
+    step: int
+    url: str
+
+
+class Salvage:
+    """One agent's part.
+
+    Args:
+        paths: The run's on this node.
+        epoch: The membership that the run ended in.
+        rank: This node's in it.
+        said: Told of this epoch.
+    """
+
+    def __init__(self, paths: RunPaths, epoch: Epoch, rank: int, said: Said) -> None:
+        self._paths = paths
+        self._epoch = epoch
+        self._rank = rank
+        self._said = said
+        self._parts: list[_Part] = []
+        self._given_up = False
+
+    async def run(self, there: Collection[int] | None) -> Salvaged:
+        """Store the newest step that all nodes have; returns when all have stored it.
+
+        Args:
+            there: Node ranks of those who are left, if this agent knows; else another one does.
+
+        Raises:
+            SalvageError: It cannot be stored, or no place for it is known.
+        """
+        deadline = asyncio.get_running_loop().time() + _PATIENCE_S
+        try:
+            return await self._run(there, deadline)
+        finally:
+            self._given_up = True
+            for part in self._parts:
+                part.close()
+
+    async def _run(self, there: Collection[int] | None, deadline: float) -> Salvaged:
+        if there is not None:
+            await self._said.put("there", There(tuple(sorted(there))))
+        left = (await self._all(There, ["there"], deadline))[0].nodes
+        try:
+            kept = await asyncio.to_thread(self._gather, left)
+        except (MnemoError, OSError) as error:
+            kept = Kept((), {}, str(error))
+        await self._said.put(f"kept/{self._rank}", kept)
+        tick, step = self._choose(
+            await self._all(Kept, [f"kept/{rank}" for rank in left], deadline)
+        )
+        try:
+            for part in self._parts:
+                await asyncio.to_thread(part.store, tick, step)
+            stored = Stored()
+        except (MnemoError, OSError) as error:
+            stored = Stored(str(error))
+        await self._said.put(f"stored/{self._rank}", stored)
+        for each in await self._all(Stored, [f"stored/{rank}" for rank in left], deadline):
+            if each.failure:
+                raise SalvageError(each.failure)
+        persist = self._parts[0].looked.persist
+        assert persist is not None
+        return Salvaged(step, persist.url)
+
+    async def _all(self, kind: type[_T], keys: list[str], deadline: float) -> list[_T]:
+        """Wait for the records of all who are left.
+
+        Raises:
+            SalvageError: One does not come.
+        """
+        while True:
+            found = {key: await self._said.read(key, kind) for key in keys}
+            records = [record for record in found.values() if record is not None]
+            if len(records) == len(keys):
+                return records
+            if asyncio.get_running_loop().time() > deadline:
+                missing = ", ".join(key for key, record in found.items() if record is None)
+                raise SalvageError(f"nothing was heard of {missing} within {_PATIENCE_S:g} s")
+            await asyncio.sleep(_POLL_S)
+
+    def _choose(self, kept: list[Kept]) -> tuple[int, int]:
+        """Tick and step of the newest generation that all nodes have.
+
+        Raises:
+            SalvageError: There is none.
+        """
+        for each in kept:
+            if each.failure:
+                raise SalvageError(each.failure)
+        gone = set(range(len(self._epoch.members))) - {node for each in kept for node in each.nodes}
+        if gone:
+            nodes = ", ".join(self._epoch.members[rank].address for rank in sorted(gone))
+            raise SalvageError(f"nobody is left who keeps anything of {nodes}")
+        common = set.intersection(*(set(each.steps.items()) for each in kept))
+        if not common:
+            raise SalvageError("the nodes have no snapshot in common")
+        return max(common)
+
+    # --- in a thread --------------------------------------------------------------------------
+
+    def _gather(self, left: Collection[int]) -> Kept:
+        """Find this node's part, and have those of the lost nodes rebuilt that fall to this one.
+
+        Raises:
+            SalvageError: It cannot be stored, or not be rebuilt.
+            MnemoError: Or a snapshot process does not do its part.
+        """
+        client = lifecycle.find(self._paths)
+        if client is None:
+            raise SalvageError(f"node {self._address(self._rank)} has no snapshot process")
+        own = _Part([client])
+        self._parts.append(own)
+        persist, protect = own.looked.persist, own.looked.protect
+        if persist is None:
+            raise SalvageError("persist.to is not set")
+        if protect is None or protect.node != m.node_name(self._rank):
+            raise SalvageError(f"node {self._address(self._rank)} is protected by no others")
+        group = [m.node_name(rank) for rank in left if m.node_name(rank) in protect.group]
+        lost = [rank for rank in range(len(self._epoch.members)) if rank not in left]
+        lost = [rank for rank in lost if m.node_name(rank) in protect.group]
+        mine = lost[group.index(protect.node) :: len(group)]
+        for rank in mine:
+            self._stand_in(rank, own.looked.fit, persist, protect)
+        steps = [set(part.look().steps.items()) for part in self._parts]
+        return Kept((self._rank, *mine), dict(set.intersection(*steps)))
+
+    def _stand_in(
+        self, rank: int, fit: int, persist: m.PersistSettings, protect: m.ProtectSettings
+    ) -> None:
+        """Start a snapshot process in a lost node's place, and have it get what the node had."""
+        name = m.node_name(rank)
+        paths = RunPaths.of(self._paths.run_id, self._paths.directory / name)
+        members = self._epoch.members
+        first = sum(member.ranks for member in members[:rank])
+        clients = [lifecycle.ensure(paths)]
+        self._parts.append(_Part(clients, alien=True))
+        host, _ = protect.addresses[protect.node]
+        at, _ = clients[0].ask(m.Listen(name, host), m.Listening)
+        addresses = {**protect.addresses, name: (at.host, at.port)}
+        protect = msgspec.structs.replace(protect, node=name, addresses=addresses)
+        persist = msgspec.structs.replace(persist, node=name)
+        for number in range(members[rank].ranks):
+            if number:
+                clients.append(lifecycle.ensure(paths))
+            join = m.Join(fit, first + number, members[rank].ranks, _KEEP_ALIVE_S, persist, protect)
+            close_all(clients[number].ask(join, m.Joined)[1])
+        while not (recalled := clients[0].ask(m.Recall(), m.Recalled)[0]).over:
+            if self._given_up:
+                raise SalvageError("the job was asked to end at once")
+        if recalled.failure:
+            raise SalvageError(
+                f"what node {self._address(rank)} had does not come back: {recalled.failure}"
+            )
+
+    def _address(self, rank: int) -> str:
+        return self._epoch.members[rank].address
+
+
+class _Part:
+    """One node's part of the run, at the snapshot process that has it."""
+
+    def __init__(self, clients: list[SmpClient], *, alien: bool = False) -> None:
+        """Look what it is.
+
+        Args:
+            clients: Connections to the process.
+            alien: It was started in a lost node's name, and ends with this object.
+        """
+        self._clients = clients
+        self._alien = alien
+        self.looked = self.look()
+
+    def look(self) -> m.Looked:
+        """What it keeps now."""
+        self.looked, _ = self._clients[0].ask(m.Look(), m.Looked)
+        return self.looked
+
+    def store(self, tick: int, step: int) -> None:
+        """Have generation ``tick`` stored.
+
+        Raises:
+            SalvageError: That failed.
+        """
+        request = m.Flush(self.looked.fit, tick)
+        flushed, _ = self._clients[0].ask(request, m.Flushed, timeout_s=_PATIENCE_S)
+        if flushed.step != step:
+            raise SalvageError(f"step {step} could not be stored: {flushed.failure}")
+
+    def close(self) -> None:
+        """Hang up, and end the process where it was started for this."""
+        if self._alien:
+            self._clients[0].tell(m.Shutdown(force=True))
+        for client in self._clients:
+            client.close()
