@@ -34,6 +34,7 @@ def test_what_the_agent_saw_is_known_where_the_program_writes_elsewhere(tmp_path
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.campaign
 def test_ranks_that_spell_the_run_directory_differently_share_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_mnemo_run(alone: Path, tmp_path: Path) -> None:
     assert_same(alone, out, ranks=2)
 
 
+@pytest.mark.campaign
 def test_a_search_that_is_killed_under_mnemo_run(lab: Lab, tmp_path: Path) -> None:
     """It is no crash loop, and the training is not begun with what half of a search found."""
     out = tmp_path / "out"

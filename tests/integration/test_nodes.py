@@ -126,6 +126,7 @@ def listening_at(made: Cluster, node: int) -> set[int]:
     }
 
 
+@pytest.mark.campaign
 def test_settings_that_were_changed_are_in_force_at_the_next_start(
     cluster: Callable[..., Cluster], tmp_path: Path
 ) -> None:
@@ -370,6 +371,7 @@ def test_clocks_that_differ_by_a_day_change_nothing(
     assert not re.search(r"-\d", resumed[0]), "a negative time"
 
 
+@pytest.mark.campaign
 def test_another_code_from_one_life_to_the_next(cluster: Callable[..., Cluster]) -> None:
     made = cluster(4, steps=400, MNEMO_PROTECT__NODES="3+1", MNEMO_SNAPSHOT__EVERY="1")
     with made.life() as ranks:
@@ -386,6 +388,7 @@ def test_another_code_from_one_life_to_the_next(cluster: Callable[..., Cluster])
     assert "resumed from memory at step" in said
 
 
+@pytest.mark.campaign
 def test_another_code_when_a_node_is_lost_gives_nothing_up(cluster: Callable[..., Cluster]) -> None:
     made = cluster(3, steps=400, MNEMO_PROTECT__NODES="2+1", MNEMO_SNAPSHOT__EVERY="1")
     with made.life() as ranks:
@@ -398,6 +401,7 @@ def test_another_code_when_a_node_is_lost_gives_nothing_up(cluster: Callable[...
     assert "resumed from memory at step" in lines(made.run())
 
 
+@pytest.mark.campaign
 def test_another_number_of_nodes_is_refused(cluster: Callable[..., Cluster]) -> None:
     made = cluster(3, steps=400, MNEMO_PROTECT__NODES="2+1", MNEMO_SNAPSHOT__EVERY="1")
     with made.life() as ranks:
@@ -419,6 +423,7 @@ def test_another_number_of_nodes_is_refused(cluster: Callable[..., Cluster]) -> 
     assert not unreachable(said), "a node of a refused start is not one of the run's"
 
 
+@pytest.mark.campaign
 def test_a_node_that_was_away_voids_nothing(cluster: Callable[..., Cluster]) -> None:
     """A spare took its place, and the others went on with that."""
     made = cluster(3, steps=600, MNEMO_PROTECT__NODES="2+1", MNEMO_SNAPSHOT__EVERY="1")
@@ -457,6 +462,7 @@ def test_other_settings_on_one_node(
     assert f"on rank 0 and {value} on rank 1: give all ranks the same" in made.said[0]
 
 
+@pytest.mark.campaign
 def test_what_one_rank_comes_upon_is_said_once(cluster: Callable[..., Cluster]) -> None:
     """A rank of the life before that still lives, and another number of ranks on the nodes."""
     made = cluster(3, steps=600, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
@@ -477,6 +483,7 @@ def test_what_one_rank_comes_upon_is_said_once(cluster: Callable[..., Cluster]) 
     assert "resumed from memory at step" in made.run()
 
 
+@pytest.mark.campaign
 def test_another_model_is_said_once(cluster: Callable[..., Cluster]) -> None:
     made = cluster(steps=600, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
     with made.life():

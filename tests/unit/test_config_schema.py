@@ -19,6 +19,7 @@ from mnemo.config import (
     Resume,
     RunConfig,
     SnapshotConfig,
+    Then,
     load_config,
     settings,
 )
@@ -51,6 +52,7 @@ def test_defaults() -> None:
         "recover.exact_only": True,
         "recover.grace": 30.0,
         "recover.no_spare": 300.0,
+        "recover.then": Then["save-and-exit"],
         "network.interface": "",
         "network.ports": "",
     }
