@@ -35,8 +35,23 @@ def _warm_up(tmp_path_factory: pytest.TempPathFactory) -> None:
     # As in a terminal, also where the tests were started in the background or under nohup.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _collect()
+
+
+_modules = 0
+"""Imported when what there is was last frozen."""
+
+
+def _collect() -> None:
+    """Collect garbage; what has been imported is none, and is not looked at again.
+
+    It takes half a second where torch and Lightning are, after each test.
+    """
+    global _modules
     gc.collect()
-    gc.freeze()  # what is imported is no garbage: collecting after each test costs little
+    if len(sys.modules) > _modules:
+        _modules = len(sys.modules)
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +66,7 @@ def no_leaks(_warm_up: None) -> Iterator[None]:
         # held by its exception until the next test, and warn there.
         for name in ("last_exc", "last_type", "last_value", "last_traceback"):
             vars(sys).pop(name, None)
-        gc.collect()
+        _collect()
     if left and leaks.patience_s:  # what is cut off has no time to tidy up
         pytest.fail("left behind:\n" + "\n".join(f"  {trace}" for trace in left), pytrace=False)
 

@@ -43,8 +43,8 @@ class Overrun(str, Enum):
 
 
 Then = Enum("Then", {"save-and-exit": "save-and-exit", "exit": "exit"}, type=str)
-"""What follows where nobody takes a lost node's place: the others store what they keep in memory
-first (`persist.to`), or not. Either way they exit with 75."""
+Then.__doc__ = """What the nodes that are left do where nobody takes a lost one's place: they store
+what they keep in memory first (`persist.to`), or not. Either way they exit with 75."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
