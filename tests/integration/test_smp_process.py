@@ -659,9 +659,12 @@ def test_a_flipped_byte_is_not_persisted(paths: RunPaths, tmp_path: Path) -> Non
     granted = rank.begin(2)
     rank.finish(granted, 2)
     os.pwrite(rank.held[granted.index], b"\xff\x00\xff", segment.PAGE + 12345)
-    assert rank.client.ask(m.Flush(0), m.Flushed)[0] == m.Flushed(10)
+    flushed, _ = rank.client.ask(m.Flush(0), m.Flushed)
+    assert flushed.step == 10
+    assert "chunk 0 of snapshot step 20 is damaged" in flushed.failure
+    assert rank.fit()["persist"]["failure"] == flushed.failure
     assert stored_steps(tmp_path) == [10]
-    assert "chunk 0 of snapshot step 20 is damaged" in rank.fit()["persist"]["failure"]
+    assert rank.client.ask(m.Flush(0, 1), m.Flushed)[0] == m.Flushed(10)
     rank.close()
 
 
@@ -775,7 +778,9 @@ def test_a_store_that_fails_is_named_and_training_goes_on(paths: RunPaths, tmp_p
     rank = Rank.join(paths, persist=settings(tmp_path / "file"))
     for tick in range(1, 6):
         assert rank.write(tick).committed == m.Generation(tick, tick * 10)
-    assert rank.client.ask(m.Flush(0), m.Flushed)[0] == m.Flushed(-1)
+    flushed, _ = rank.client.ask(m.Flush(0), m.Flushed)
+    assert flushed.step == -1
+    assert "Not a directory" in flushed.failure
     assert rank.fit()["persist"]["failure"]
     assert rank.client.status()["counts"]["persist_failed"] >= 1
     rank.close()

@@ -162,7 +162,8 @@ class Commits:
         async with persister.lock:  # what is newest then
             pinned = self._pin(tick)
         await self._persist(persister, pinned)
-        return m.Flushed(persister.newest_step, persister.failure)
+        failed = pinned[0] not in (None, persister.newest)
+        return m.Flushed(persister.newest_step, persister.failure if failed else "")
 
     def _pin(self, tick: int | None) -> tuple[m.Generation | None, list[int], list[Slot]]:
         """Generation ``tick`` or the newest, which stays; `_persist` has to follow at once."""
