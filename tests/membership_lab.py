@@ -63,6 +63,7 @@ class Node:
     is_stopping: bool = False
     asleep_until: float = 0.0
     turn: int = 0
+    began: float = 0.0
 
     @property
     def key(self) -> str:
@@ -80,6 +81,8 @@ class World:
     stores: dict[str, MemoryStore] = field(default_factory=dict)
     cuts: set[tuple[str, str]] = field(default_factory=set)
     slowness: float = 1.0
+    latency: dict[str, float] = field(default_factory=dict)
+    """Seconds that all takes besides, each way, from and to a node."""
     decided: dict[int, tuple[str, ...]] = field(default_factory=dict)
     newest: Epoch | None = None
     ran: set[int] = field(default_factory=set)
@@ -156,6 +159,7 @@ class World:
     def _begin(self, node: Node) -> None:
         if not self._is_awake(node, lambda: self._begin(node)):
             return
+        node.began = self.now
         op = node.machine.begin(self._local(node))
         self._observe(node)
         self._go_on(node, op)
@@ -163,9 +167,8 @@ class World:
     def _go_on(self, node: Node, op: Op | None) -> None:
         node.turn += 1
         if op is None:
-            self._later(
-                self.rules.beat_s * self.random.uniform(0.9, 1.1), lambda: self._begin(node)
-            )
+            pause = self.rules.beat_s * self.random.uniform(0.9, 1.1) - (self.now - node.began)
+            self._later(max(0.001, pause), lambda: self._begin(node))
             return
         turn = node.turn
 
@@ -203,10 +206,11 @@ class World:
 
     # --- the network --------------------------------------------------------------------------
 
-    def _delay(self) -> float:
+    def _delay(self, here: str, there: str) -> float:
+        wire = 0.0 if here == there else self.latency.get(here, 0) + self.latency.get(there, 0)
         if self.random.random() < 0.01 * self.slowness:
-            return self.random.uniform(0, 8)  # sent again and again
-        return self.random.expovariate(200 / self.slowness)
+            return wire + self.random.uniform(0, 8)  # sent again and again
+        return wire + self.random.expovariate(200) * self.slowness
 
     def _send(
         self, node: Node, op: Op, answered: Callable[[Answer | StoreLostError], None]
@@ -232,9 +236,9 @@ class World:
             answer = store.apply(op)
             self._read_states(op)
             if (op.place, node.name) not in self.cuts:
-                self._later(self._delay(), lambda: answered(answer))
+                self._later(self._delay(op.place, node.name), lambda: answered(answer))
 
-        self._later(self._delay(), arrive)
+        self._later(self._delay(node.name, op.place), arrive)
         self._later(PATIENCE_S, lambda: answered(lost))
 
     # --- what has to hold ---------------------------------------------------------------------

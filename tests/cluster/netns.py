@@ -2,7 +2,8 @@
 
 They hang on one switch, a bridge in a namespace of its own, so that the machine's own network is
 not touched. What is lost is killed; what is cut is cut at the switch (silently, as a dead switch
-port does), at the node's own link (loudly), or from one node to another only.
+port does), at the node's own link (loudly), or from one node to another only; what is slow is so
+in a process between the node's link and the switch (`slow_link`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 SUBNET: Final = "10.77.0"
 _NOBODY: Final = "02:00:00:00:00:01"
 _PATIENCE_S: Final = 10.0
+_SLOW_LINK: Final = Path(__file__).parent / "slow_link.py"
 
 
 def _ip(*words: str) -> str:
@@ -56,6 +59,7 @@ class Host:
     home: Path
     network: Network
     started: list[subprocess.Popen[Any]] = field(default_factory=list)
+    slowed_by: subprocess.Popen[Any] | None = None
 
     @property
     def address(self) -> str:
@@ -63,8 +67,13 @@ class Host:
 
     @property
     def _port(self) -> str:
-        """The switch's end of its wire."""
+        """The far end of its wire."""
         return f"port{self.number}"
+
+    @property
+    def _plug(self) -> str:
+        """What hangs on the switch for it."""
+        return f"slow{self.number}" if self.slowed_by else self._port
 
     def start(
         self, command: Sequence[str], environ: Mapping[str, str], **options: Any
@@ -101,7 +110,7 @@ class Host:
 
     def cut(self) -> None:
         """Nothing leaves or reaches it any more, and nobody is told."""
-        _ip("-n", self.network.switch, "link", "set", self._port, "nomaster")
+        _ip("-n", self.network.switch, "link", "set", self._plug, "nomaster")
 
     def pull(self) -> None:
         """Its own link goes down, which its own processes are told."""
@@ -109,13 +118,48 @@ class Host:
 
     def mend(self) -> None:
         """Undo `cut`, `pull` and `deafen`."""
-        _ip("-n", self.network.switch, "link", "set", self._port, "master", "switch")
+        _ip("-n", self.network.switch, "link", "set", self._plug, "master", "switch")
         _ip("-n", self.namespace, "link", "set", "wire", "up")
         _ip("-n", self.namespace, "neigh", "flush", "dev", "wire")
         for other in self.network.hosts:
             if other is not self:
                 with contextlib.suppress(AssertionError):
                     _ip("-n", self.namespace, "neigh", "del", other.address, "dev", "wire")
+
+    def slow(self, delay_s: float, rate: float = float("inf")) -> None:
+        """Its link is slow from now on, or as fast as it can be again.
+
+        Args:
+            delay_s: By how much later everything arrives, each way, in seconds.
+            rate: Bytes per second, each way.
+        """
+        if self.slowed_by is None:
+            self._interpose()
+        link = self.slowed_by
+        assert link is not None
+        assert link.stdin is not None
+        assert link.stdout is not None
+        link.stdin.write(f"{delay_s} {rate}\n".encode())
+        link.stdin.flush()
+        assert link.stdout.readline()
+
+    def _interpose(self) -> None:
+        """Take its wire off the switch, and have a process between the two."""
+        switch, far, slow = self.network.switch, f"far{self.number}", f"slow{self.number}"
+        _ip("-n", switch, "link", "add", slow, "type", "veth", "peer", "name", far)
+        _ip("-n", switch, "link", "set", far, "up")
+        _ip("-n", switch, "link", "set", self._port, "nomaster")
+        _ip("-n", switch, "link", "set", slow, "master", "switch", "up")
+        self.slowed_by = subprocess.Popen(
+            ["ip", "netns", "exec", switch, sys.executable, str(_SLOW_LINK), self._port, far],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def end_slowness(self) -> None:
+        """Have the process end that makes its link slow, at the end of all."""
+        if self.slowed_by is not None:
+            self.slowed_by.communicate()
 
     def mute_to(self, other: Host) -> None:
         """What this one sends to ``other`` is lost; the other direction works."""
@@ -139,7 +183,7 @@ class Network:
                     _ip("-n", self.switch, "link", "add", bridge, "type", "bridge")
                 _ip("-n", self.switch, "link", "set", bridge, "up")
             for host in side:
-                _ip("-n", self.switch, "link", "set", host._port, "master", bridge)
+                _ip("-n", self.switch, "link", "set", host._plug, "master", bridge)
 
     def join(self) -> None:
         """Undo `split`."""
@@ -182,6 +226,7 @@ def network(directory: Path, hosts: int) -> Iterator[Network]:
     finally:
         for host in found.hosts:
             host.lose()
+            host.end_slowness()
         for name in made:
             _ip("netns", "delete", name)
 

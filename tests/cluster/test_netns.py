@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import netns
@@ -29,8 +30,8 @@ except OSError as error:
 """
 
 
-def serve(host: netns.Host) -> None:
-    server = host.start([sys.executable, "-c", SERVER], os.environ, stdout=subprocess.PIPE)
+def serve(host: netns.Host, program: str = SERVER) -> None:
+    server = host.start([sys.executable, "-c", program], os.environ, stdout=subprocess.PIPE)
     assert server.stdout is not None
     with server.stdout:
         assert server.stdout.readline() == b"listening\n"
@@ -74,3 +75,47 @@ def test_hosts_are_cut_off_and_lost(tmp_path: Path) -> None:
         assert not list(three.home.iterdir())
         assert ask(one, three) == "ConnectionRefusedError"
     assert not {net.switch, one.namespace, two.namespace, three.namespace} & set(netns.names())
+
+
+SENDER = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 7000), timeout=20.0) as connection:
+    connection.sendall(bytes(1 << 20))
+    connection.shutdown(socket.SHUT_WR)
+    connection.recv(1)
+"""
+RECEIVER = """
+import socket
+server = socket.create_server(("", 7000))
+print("listening", flush=True)
+while True:
+    connection, _ = server.accept()
+    while connection.recv(1 << 16):
+        pass
+    connection.close()
+"""
+
+
+def test_a_link_is_slow(tmp_path: Path) -> None:
+    """Late both ways, and with little room: what is sent is whole all the same."""
+    with netns.network(tmp_path, 2) as net:
+        one, two = net.hosts
+        serve(two, RECEIVER)
+        fast = time_to_send(one, two)
+        two.slow(0.2)
+        # The connection takes a round, the bytes and the end another each.
+        assert time_to_send(one, two) - fast > 0.8 * 3 * 2 * 0.2
+        two.slow(0.0, rate=1e6)
+        assert time_to_send(one, two) - fast > 0.8
+        two.slow(0.0)
+        two.cut()
+        assert ask(one, two) == "TimeoutError"
+        two.mend()
+        assert time_to_send(one, two) - fast < 0.8
+
+
+def time_to_send(one: netns.Host, two: netns.Host) -> float:
+    """Seconds that 1 MiB takes, with what it takes to start the sender."""
+    begun = time.monotonic()
+    assert one.start([sys.executable, "-c", SENDER, two.address], os.environ).wait(60) == 0
+    return time.monotonic() - begun

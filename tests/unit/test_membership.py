@@ -308,6 +308,33 @@ def test_messages_that_take_seconds_do_no_harm() -> None:
     assert world.run(30, until=world.is_running)
 
 
+@pytest.mark.parametrize("delay", [0.1, 0.2, 0.6])
+@pytest.mark.parametrize(("name", "arbiter"), [("a", False), ("b", False), ("b", True)])
+def test_a_node_on_a_slow_link_stays_or_is_replaced_for_good(
+    name: str, arbiter: bool, delay: float
+) -> None:
+    """It has the Store, or has not. Nodes never stop and begin again and again."""
+    world = _world("abcde", arbiter=arbiter)
+    world.slowness = 0
+    world.latency[name] = delay
+    world.run(40)
+    before = set(world.ran)
+    stays = name in _names(world)
+    assert world.is_running()
+    assert stays or delay > 0.1
+    assert not stays or delay < 0.4
+    assert len(before) <= 3
+    world.run(40)
+    assert world.is_running()
+    assert world.ran == before
+    world.latency.clear()  # it is a spare, or as the others
+    world.kill(_node(world, "c"))
+    if stays:
+        world.run(1)
+        world.start("f")
+    assert world.run(20, until=_runs_without(world, "c"))
+
+
 def test_whoever_keeps_state_has_its_place_again() -> None:
     """A node that came later than one whose address is higher, and took over a lower rank."""
     fresh = [Member(node, "1", ranks=2) for node in ("a", "b", "c")]

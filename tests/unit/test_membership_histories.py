@@ -67,6 +67,10 @@ class Histories(RuleBasedStateMachine):
     def slow(self, slowness: float) -> None:
         self.world.slowness = slowness
 
+    @rule(name=st.sampled_from(NAMES), seconds=st.sampled_from([0.0, 0.1, 0.2, 0.4, 1.5]))
+    def slow_a_link(self, name: str, seconds: float) -> None:
+        self.world.latency[name] = seconds
+
     @precondition(lambda self: self.world.living())
     @rule(data=st.data(), seconds=st.sampled_from([0.5, 3.0, 6.0, 20.0]))
     def sleep(self, data: st.DataObject, seconds: float) -> None:
@@ -89,6 +93,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def come_back(self) -> None:
         self.world.cuts.clear()
+        self.world.latency.clear()
         self.world.slowness = 0.1
         for name in NAMES:
             living = self.world.living()

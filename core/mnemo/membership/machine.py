@@ -135,6 +135,8 @@ class Machine:
             return ""
         if seat is None or now - seat.head_since > self._rules.node_loss_s:
             return "no Store answers"
+        if self._is_slow(seat):
+            return f"the Store takes {seat.answers_in:.1f} s to answer: its link is too slow"
         if seat.state is not None and seat.state.over and now < self._hope:
             return "a member was lost, and no other node is here in its place"
         if self.committed is not None and now >= self._held:
@@ -181,7 +183,14 @@ class Machine:
             yield from self._look()
 
     def _follow(self, seat: Seat) -> Turn:
-        """Take part in the Store: beat first, then read."""
+        """Take part in the Store: beat first, then read.
+
+        Whom it answers too slowly keeps silent until it does not, and so is lost for the others,
+        who go on without: its lease would run out again and again.
+        """
+        if self._is_slow(seat):
+            yield from seat.read()
+            return
         yield from seat.say_hello(self._hello())
         start = self._moment.now
         yield from seat.say_alive(self._ended, self._lost)
@@ -198,6 +207,9 @@ class Machine:
             yield from seat.say_alive(self._ended, self._lost)
         yield from seat.lead(head)
         yield from self._redirect(seat.ballot)
+
+    def _is_slow(self, seat: Seat) -> bool:
+        return seat.answers_in > self._rules.slow_s
 
     def _hello(self) -> Hello:
         return Hello(self.me, self._is_bound, self.committed, self._accepted)

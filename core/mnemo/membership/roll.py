@@ -47,17 +47,25 @@ class Roll:
     _lost: set[str] = field(default_factory=set)
 
     def refresh(self, place: str) -> Generator[Op, Answer, None]:
-        """Read what is new."""
-        (count,) = _values((yield Get(place, (JOINED,))))
-        self._slots = max(self._slots, int(count or 0))
-        slots = range(1, self._slots + 1)
+        """Read what is new: in one operation, unless somebody has come."""
+        (count,) = yield from self._read(place, (JOINED,), range(1, self._slots + 1))
+        newcomers = range(self._slots + 1, int(count or 0) + 1)
+        if newcomers:
+            self._slots = newcomers[-1]
+            yield from self._read(place, (), newcomers)
+
+    def _read(
+        self, place: str, more: tuple[str, ...], slots: range
+    ) -> Generator[Op, Answer, list[bytes | None]]:
+        """Hear those in ``slots``; what stands at the keys ``more``."""
         unknown = [slot for slot in slots if slot not in self._seen]
-        beats = [beat_key(slot) for slot in slots]
-        hellos = [hello_key(slot) for slot in unknown]
-        found = _values((yield Get(place, (*beats, *hellos))))
-        values = dict(zip((*beats, *hellos), found, strict=True))
+        keys = (*more, *map(beat_key, slots), *map(hello_key, unknown))
+        answer = yield Get(place, keys)
+        assert isinstance(answer, tuple)
+        values = dict(zip(keys, answer, strict=True))
         for slot in slots:
             self._hear(slot, values)
+        return [values[key] for key in more]
 
     def _hear(self, slot: int, values: dict[str, bytes | None]) -> None:
         said, known = values[beat_key(slot)], self._seen.get(slot)
@@ -109,8 +117,3 @@ class Roll:
     def _current(self) -> dict[str, Seen]:
         """By key. Of several slots that a node took since it heard no answer, the last counts."""
         return {seen.hello.member.key: seen for _, seen in sorted(self._seen.items())}
-
-
-def _values(answer: Answer) -> tuple[bytes | None, ...]:
-    assert isinstance(answer, tuple)
-    return answer

@@ -37,6 +37,16 @@ class Rules:
     move_s: float = 4.25
     open_s: float = 2.0
 
+    @property
+    def slow_s(self) -> float:
+        """A Store that takes longer for an answer, in seconds, is as good as none.
+
+        The lease that a turn gives counts from the beginning of an earlier one, and has to last
+        until the next has read. With a Store on a node these are up to four turns of three answers
+        each, and two more; with an arbiter one turn of four.
+        """
+        return self.fence_s / (6 if self.arbiter else 14)
+
     def __post_init__(self) -> None:
         if self.nodes < 1:
             msg = f"{self.nodes} nodes: at least 1 is needed"

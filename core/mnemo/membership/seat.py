@@ -45,6 +45,7 @@ class Seat:
         lease: See there.
         changed: Whether the last turn read another state than the one before.
         head_since: When this node first read the head that it last read.
+        answers_in: Seconds that it last took the Store to say what stands in the head.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Seat:
         self.lease = Lease()
         self.changed = False
         self.head_since = moment.now
+        self.answers_in = 0.0
         self._me = me
         self._seal = seal
         self._rules = rules
@@ -125,7 +127,9 @@ class Seat:
         Raises:
             StoreLostError: Another Store is at that place by now.
         """
+        asked = self._moment.now
         raw = yield from self._get(HEAD)
+        self.answers_in = self._moment.now - asked
         head = self._seal.unwrap(HEAD, raw, Head) if raw else None
         if head is None or head.ballot != self.ballot:
             raise StoreLostError(f"the Store at {self.place} is another one by now")
