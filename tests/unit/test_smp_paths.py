@@ -14,7 +14,9 @@ from mnemo.smp.paths import RunPaths, SmpRecord, check_run_id, default_parent
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
 
 
-@pytest.mark.parametrize("run_id", ["gpt-7b-8412", "a", "A.b_c-1", "x" * 128])
+@pytest.mark.parametrize(
+    "run_id", ["gpt-7b-8412", "a", "A.b_c-1", "x" * 128, "a.node-b", "a.fit-1x", "node-1"]
+)
 def test_run_ids_that_name_a_directory(run_id: str) -> None:
     assert check_run_id(run_id) == run_id
 
@@ -23,6 +25,14 @@ def test_run_ids_that_name_a_directory(run_id: str) -> None:
 def test_run_ids_that_do_not(run_id: str) -> None:
     with pytest.raises(ConfigError, match="cannot name a directory: use up to 128 letters"):
         RunPaths.of(run_id)
+
+
+@pytest.mark.parametrize("part", [".node-0", ".fit-12"])
+def test_run_ids_that_would_share_anothers_checkpoints(part: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"ends in '{part}', as .* a run 'gpt' are named: use gpt-2"
+    ):
+        RunPaths.of(f"gpt{part}")
 
 
 def test_the_default_place_is_this_users_own() -> None:

@@ -17,6 +17,8 @@ from mnemo.errors import ConfigError, SmpError
 AGENTS_DIRECTORY: Final = "MNEMO_AGENT_RUN_DIR"
 """By which `mnemo run` tells its ranks where it looks for the run's SMP."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_PART = re.compile(r"\.(fit|node)-[0-9]+$")
+"""How the checkpoints of one training, or one node, of a run are told apart on storage."""
 
 
 def default_parent() -> Path:
@@ -34,6 +36,11 @@ def check_run_id(run_id: str) -> str:
         raise ConfigError(
             f"run.id {run_id!r} cannot name a directory: use up to 128 letters, digits, "
             "'.', '_', '-', not starting with '.'"
+        )
+    if found := _PART.search(run_id):
+        raise ConfigError(
+            f"run.id {run_id!r} ends in {found[0]!r}, as checkpoints of one part of a run "
+            f"{run_id[: found.start()]!r} are named: use {_PART.sub('', run_id)}-2 or the like"
         )
     return run_id
 
