@@ -135,6 +135,32 @@ def test_a_job_that_was_killed_goes_on_with_its_nodes_in_their_places(tmp_path: 
         assert job.steps_done() == 400
 
 
+@pytest.mark.campaign
+def test_a_relaunch_waits_for_nodes_with_state_that_come_after_fresh_ones(tmp_path: Path) -> None:
+    with netns.network(tmp_path, 4) as net:
+        job = job_of(net, tmp_path / "job", "2:4", "1+1", 200)
+        with job.explained():
+            keepers, fresh = net.hosts[:2], net.hosts[2:]
+            job.start(*keepers)
+            until("a protected step", lambda: job.protected_step(*keepers) > 5)
+            for host in keepers:
+                os.killpg(job.agents[host.number].pid, signal.SIGKILL)
+                job.agents[host.number].wait()
+            job.meet_at = tuple(fresh)
+            job.start(*fresh)
+            until("there is a Store", lambda: listens(fresh[0], 29400))
+            job.start(*keepers)
+            assert job.codes() == [0] * 4
+            assert "→ resumed from memory" in job.said(*keepers)
+        assert job.steps_done() == 200
+
+
+def listens(host: netns.Host, port: int) -> bool:
+    """Whether somebody does there."""
+    tables = [Path(f"/proc/{pid}/net/tcp6") for pid in host.pids()[:1]]
+    return any(f":{port:04X} {'0' * 32}:0000 0A" in table.read_text() for table in tables)
+
+
 def test_a_spare_that_is_not_needed_ends_with_the_job(tmp_path: Path) -> None:
     with netns.network(tmp_path, 3) as net:
         job = job_of(net, tmp_path / "job", "2:3", "1+1", 40)

@@ -139,7 +139,7 @@ def test_a_record_counts_at_its_key_under_its_secret_alone() -> None:
 
 def _roll(now: float, *seen: tuple[Hello, Beat, float]) -> Roll:
     roll = Roll(SEAL, Moment(now), RULES.node_loss_s)
-    roll._seen = {slot: Seen(*each) for slot, each in enumerate(seen, 1)}
+    roll._seen = {slot: Seen(*each, each[2]) for slot, each in enumerate(seen, 1)}
     return roll
 
 
@@ -340,11 +340,35 @@ def test_whoever_keeps_state_has_its_place_again() -> None:
     fresh = [Member(node, "1", ranks=2) for node in ("a", "b", "c")]
     keeps_4 = Member("a", "2", ranks=2, labels=(f"{KEEPS}4",))
     keeps_0 = Member("z", "2", ranks=2, labels=(f"{KEEPS}0",))
+    gone = Epoch(7, Ballot(0, ""), 1, (Member("a", "0", ranks=2), Member("z", "0", ranks=2)))
     named = [[m.node for m in found or ()] for found in (
         successors(None, [fresh[2], fresh[0], fresh[1]], 3),
         successors(None, [keeps_4, fresh[1], keeps_0], 3),
         successors(None, [fresh[1], fresh[2], keeps_4, keeps_0], 3),
         successors(None, [keeps_4, keeps_0], 3),
         successors(None, [keeps_4, fresh[1]], 2),
+        successors(gone, [fresh[1], keeps_0], 2),
     )]  # fmt: skip
-    assert named == [["a", "b", "c"], ["z", "b", "a"], ["z", "b", "a"], [], ["a", "b"]]
+    first = ["z", "b", "a"]
+    assert named == [["a", "b", "c"], first, first, [], ["a", "b"], ["z", "b"]]
+
+
+def test_a_launch_with_spares_waits_a_little_for_those_that_keep_state() -> None:
+    ballot = Ballot(0, "a")
+    keepers = [Member(name, "1", labels=(f"{KEEPS}{rank}",)) for rank, name in enumerate("abc")]
+    spares = [Member(name, "1") for name in "xyz"]
+
+    def begins(spares_expected: int, waited_s: float, *there: Member) -> list[str] | None:
+        rules = Rules(nodes=3, spares=spares_expected)
+        seen = [(Hello(member), Beat(1), 10.0 - waited_s) for member in there]
+        after = decide(rules, ballot, None, _roll(10.0, *seen))
+        return after and after.proposed and [m.node for m in after.proposed.members]
+
+    late = RULES.settle_s
+    assert begins(1, 0.0, spares[0], *keepers[:2]) is None
+    assert begins(1, late, spares[0], *keepers[:2]) == ["a", "b", "x"]
+    assert begins(1, 0.0, spares[0], *keepers[1:], keepers[0]) == ["a", "b", "c"]
+    assert begins(2, 0.0, *keepers) == ["a", "b", "c"]
+    assert begins(3, 0.0, *spares) is None
+    assert begins(3, late, *spares) == ["x", "y", "z"]
+    assert begins(0, 0.0, *keepers[:2], spares[0]) == ["a", "b", "x"]

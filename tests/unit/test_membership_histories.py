@@ -26,9 +26,14 @@ class Histories(RuleBasedStateMachine):
 
     world: World
 
-    @initialize(nodes=st.integers(2, 5), arbiter=st.booleans(), seed=st.integers(0, 2**32))
-    def begin(self, nodes: int, arbiter: bool, seed: int) -> None:
-        rules = Rules(nodes=nodes, arbiter=arbiter, give_up_s=1e9)
+    @initialize(
+        nodes=st.integers(2, 5),
+        spares=st.integers(0, 2),
+        arbiter=st.booleans(),
+        seed=st.integers(0, 2**32),
+    )
+    def begin(self, nodes: int, spares: int, arbiter: bool, seed: int) -> None:
+        rules = Rules(nodes=nodes, spares=spares, arbiter=arbiter, give_up_s=1e9)
         self.world = World(rules, random.Random(seed))
         for name in NAMES[: nodes + 1]:
             self.world.start(name)

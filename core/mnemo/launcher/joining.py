@@ -79,7 +79,7 @@ def join(
         me,
         tuple(f"http://{place}" for place in places[:1]) if etcd else places,
         nodes,
-        rules=Rules(nodes=nodes.count, give_up_s=wait_s, arbiter=etcd),
+        rules=Rules(nodes=nodes.count, spares=nodes.spares, give_up_s=wait_s, arbiter=etcd),
         seal=Seal(auth.load_or_create_secret(Path(file)), run_id),
         stores=EtcdStores(run_id) if etcd else C10dStores(run_id),
         paths=paths,

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import msgspec
 
-from mnemo.membership.plan import anchor_of, echo_of_quorum, is_quorum, successors
+from mnemo.membership.plan import (
+    anchor_of,
+    awaits_more,
+    echo_of_quorum,
+    is_launch,
+    is_quorum,
+    successors,
+)
 from mnemo.membership.records import Ballot, Epoch, Head, State
 from mnemo.membership.roll import Roll
 from mnemo.membership.rules import Rules
@@ -79,8 +86,10 @@ def _next(rules: Rules, ballot: Ballot, state: State, roll: Roll) -> State | Non
     """Propose the next epoch; say that this one is over if there cannot be one yet."""
     epoch, living = state.committed, roll.living()
     if rules.arbiter or epoch is None or is_quorum(epoch, living, roll.lost):
-        members = successors(epoch, list(living.values()), rules.nodes)
-        if members is not None:
+        there = list(living.values())
+        early = is_launch(epoch, living) and awaits_more(there, rules.nodes, rules.spares)
+        members = successors(epoch, there, rules.nodes)
+        if members is not None and (not early or roll.has_settled(rules.settle_s)):
             attempt = state.attempt + 1
             number = epoch.number + 1 if epoch else 1
             anchor = anchor_of(members, ballot.place)

@@ -49,16 +49,17 @@ def successors(
     """The members of the next epoch; None if there are not enough.
 
     Whoever was a member and lives keeps its node rank. A free place goes to an agent on the same
-    node if there is one, else to whoever joined first.
+    node if there is one, else to whoever joined first. Where none of them lives, the run is
+    launched (again), and whoever keeps the state of ranks has their place.
 
     Args:
         epoch: The one before; None at the start of a run.
         living: All nodes that could be members, in the order in which they joined.
         nodes: How many are needed.
     """
-    if epoch is None:
-        return _first_members(living, nodes)
     alive = {member.key for member in living}
+    if epoch is None or is_launch(epoch, alive):
+        return _first_members(living, nodes)
     members = {member.key for member in epoch.members}
     spares = [member for member in living if member.key not in members]
     chosen: list[Member | None] = []
@@ -75,20 +76,36 @@ def successors(
     return found if len(found) == len(filled) else None
 
 
+def is_launch(epoch: Epoch | None, keys: Collection[str]) -> bool:
+    """Whether none of ``epoch`` is among ``keys``: those begin a run, or go on with one."""
+    return epoch is None or all(member.key not in keys for member in epoch.members)
+
+
+def awaits_more(living: Sequence[Member], nodes: int, spares: int) -> bool:
+    """Whether somebody may be about to come who keeps state of ranks that nobody here keeps."""
+    return len(living) < nodes + spares and len(_kept(living, nodes)) < nodes
+
+
 def _first_members(living: Sequence[Member], nodes: int) -> tuple[Member, ...] | None:
     """Whoever keeps the state of ranks has their place again; others fill up the rest, by name."""
-    uniform = len({member.ranks for member in living}) == 1
-    places: dict[int, Member] = {}
-    for member in living:
-        place = _keeps(member) // member.ranks
-        if uniform and 0 <= place < nodes:
-            places.setdefault(place, member)
+    places = _kept(living, nodes)
     kept = {member.key for member in places.values()}
     others = [member for member in living if member.key not in kept][: nodes - len(kept)]
     if len(kept) + len(others) < nodes:
         return None
     rest = iter(sorted(others, key=lambda member: member.node))
     return tuple(places[place] if place in places else next(rest) for place in range(nodes))
+
+
+def _kept(living: Sequence[Member], nodes: int) -> dict[int, Member]:
+    """By place, who keeps the state of its ranks."""
+    uniform = len({member.ranks for member in living}) == 1
+    places: dict[int, Member] = {}
+    for member in living:
+        place = _keeps(member) // member.ranks
+        if uniform and 0 <= place < nodes:
+            places.setdefault(place, member)
+    return places
 
 
 def _keeps(member: Member) -> int:

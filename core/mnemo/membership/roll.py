@@ -25,11 +25,13 @@ class Seen:
         hello: What it said when it came.
         beat: Its newest.
         since: When that was first seen.
+        came: When the node was.
     """
 
     hello: Hello
     beat: Beat
     since: float
+    came: float
 
 
 @dataclass(slots=True)
@@ -78,7 +80,7 @@ class Roll:
                 if hello is None:
                     return
                 opened = self.seal.unwrap(hello_key(slot), hello, Hello)
-                self._seen[slot] = Seen(opened, beat, self.moment.now)
+                self._seen[slot] = Seen(opened, beat, self.moment.now, self.moment.now)
             elif beat.number > known.beat.number:
                 known.beat, known.since = beat, self.moment.now
         except MembershipRecordError:
@@ -102,6 +104,11 @@ class Roll:
             for key, seen in self._current().items()
             if self._lives(seen) and key not in self._lost
         }
+
+    def has_settled(self, seconds: float) -> bool:
+        """Whether nobody has come for so long."""
+        newest = max((seen.came for seen in self._seen.values()), default=self.moment.now)
+        return self.moment.now - newest >= seconds
 
     def beats(self) -> dict[str, Beat]:
         """The newest beat of each, by key."""

@@ -17,8 +17,11 @@ class Rules:
 
     Attributes:
         nodes: Nodes of an epoch; whoever joins beyond that waits as a spare.
+        spares: How many are expected beyond that when a run begins.
         arbiter: The Store survives every node (etcd): it is never moved, and no quorum is needed.
         give_up_s: How long a node waits for the next epoch, in seconds, before it gives up.
+        settle_s: So long, in seconds, nobody has to have come before a run begins without some of
+            those that are expected.
         beat_s: Seconds between two turns.
         fence_s: A node stops its workers when it has had no contact for so long, in seconds.
         stop_s: Seconds after which workers that were told to stop are surely dead.
@@ -28,8 +31,10 @@ class Rules:
     """
 
     nodes: int
+    spares: int = 0
     arbiter: bool = False
     give_up_s: float = 300.0
+    settle_s: float = 3.0
     beat_s: float = 0.25
     fence_s: float = 3.5
     stop_s: float = 0.5
