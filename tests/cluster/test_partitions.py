@@ -34,6 +34,7 @@ def ranks_of(host: netns.Host) -> list[int]:
     return found
 
 
+@pytest.mark.campaign
 def test_without_a_majority_all_pause_until_the_operator_speaks(tmp_path: Path) -> None:
     """Two of four nodes are lost, with the Store: the rest may as well be cut off themselves."""
     with netns.network(tmp_path, 6) as net:

@@ -16,7 +16,7 @@ def storing(directory: Path, nodes: str) -> dict[str, str]:
     """Settings of a job that stores what is left, and nothing before."""
     return {
         "MNEMO_PROTECT__NODES": nodes,
-        "MNEMO_RECOVER__NO_SPARE": "wait 6s",
+        "MNEMO_RECOVER__NO_SPARE": "wait 12s",
         "MNEMO_PERSIST__TO": str(directory / "checkpoints"),
         "MNEMO_PERSIST__EVERY": "1h",
     }
@@ -29,16 +29,23 @@ def stored_step(job: Job, *hosts: netns.Host) -> int:
     return int(found.pop())
 
 
-def test_what_is_left_is_stored_when_nobody_takes_a_lost_nodes_place(tmp_path: Path) -> None:
-    """Node 0 was lost, and the others are when they have exited: new ones go on from storage."""
-    with netns.network(tmp_path, 3) as net:
-        job = Job(net, tmp_path / "job", "3", 200, storing(tmp_path, "2+1"))
+@pytest.mark.parametrize(
+    ("code", "nodes", "number"),
+    [("1+1", 2, 1), pytest.param("2+1", 3, 0, marks=pytest.mark.campaign)],
+)
+def test_what_is_left_is_stored_when_nobody_takes_a_lost_nodes_place(
+    tmp_path: Path, code: str, nodes: int, number: int
+) -> None:
+    """One is lost, and the others are when they have exited: new ones go on from storage."""
+    with netns.network(tmp_path, nodes) as net:
+        job = Job(net, tmp_path / "job", str(nodes), 200, storing(tmp_path, code))
         with job.explained():
             job.start(*net.hosts)
             until("a protected step", lambda: job.protected_step(*net.hosts) > 5)
-            net.hosts[0].lose()
-            left = net.hosts[1:]
-            assert job.codes(*left) == [EXIT_STATE_SAVED] * 2
+            lost = net.hosts[number]
+            lost.lose()
+            left = [host for host in net.hosts if host is not lost]
+            assert job.codes(*left) == [EXIT_STATE_SAVED] * len(left)
             step = stored_step(job, *left)
             assert 5 < step <= job.steps_done() < 200
             assert not [path for host in left for path in (host.home / "run").rglob("node-*")]
@@ -46,7 +53,7 @@ def test_what_is_left_is_stored_when_nobody_takes_a_lost_nodes_place(tmp_path: P
                 host.lose()
             job.settings["MNEMO_RECOVER__NO_SPARE"] = "wait 60s"
             job.start(*net.hosts)
-            assert job.codes() == [0, 0, 0]
+            assert job.codes() == [0] * nodes
             assert f"→ resumed from storage at step {step}" in job.said(net.hosts[0])
         assert job.steps_done() == 200
 
