@@ -40,6 +40,7 @@ def test_wrong_numbers_of_nodes(text: str) -> None:
         ("[fd00::1]:7000,[fd00::2]", ("[fd00::1]:7000", "[fd00::2]:29400")),
         ("10.0.0.1,10.0.0.1:29400", ("10.0.0.1:29400",)),
         ("localhost:1", ("127.0.0.1:1",)),
+        ("gone.invalid,10.0.0.2", ("gone.invalid:29400", "10.0.0.2:29400")),
     ],
 )
 def test_endpoints(text: str, places: tuple[str, ...]) -> None:
@@ -56,11 +57,19 @@ def test_endpoints(text: str, places: tuple[str, ...]) -> None:
         ("10.0.0.1:0", "is not HOST or HOST:PORT"),
         ("fd00::1", "is not HOST or HOST:PORT"),
         ("no-such-host.invalid", "the host no-such-host.invalid is not known here"),
+        ("no.invalid,such.invalid", "the host no.invalid, such.invalid is not known here"),
     ],
 )
 def test_wrong_endpoints(text: str, said: str) -> None:
     with pytest.raises(LaunchError, match=said):
         rendezvous.endpoints(text, 29400)
+
+
+def test_a_host_that_is_not_known_keeps_its_place() -> None:
+    """The first one may be the node that was lost, whose name is gone."""
+    places = rendezvous.endpoints("gone.invalid:7000,10.0.0.2,[fd00::1]", 29400)
+    assert places[0] == "gone.invalid:7000"
+    assert rendezvous.unknown(places) == ["gone.invalid"]
 
 
 def test_static_meets_where_rank_0_is() -> None:

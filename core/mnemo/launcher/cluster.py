@@ -199,6 +199,8 @@ class Cluster:
         assert self._driving is not None
         loop = asyncio.get_running_loop()
         said, begun = "", loop.time()
+        for name in self._operators_word():  # of a wait that is over, or that was never begun
+            self._say(f"that {name} is lost was said before this node waited for it: not taken")
         while self._granted is None or self._granted is self._epoch:
             self._change.clear()
             changed = asyncio.ensure_future(self._change.wait())
@@ -213,7 +215,8 @@ class Cluster:
                 return await self._give_up()
             if (end := await self._end_of_job()) is not None:
                 return end
-            self._hear_operator()
+            if self._machine.is_stuck:
+                self._hear_operator()
             why = self._machine.waits_for
             if loop.time() - begun > _SILENCE_S and why and why != said:
                 self._say(f"waiting: {why}{self._advice()}")
@@ -272,22 +275,30 @@ class Cluster:
                 return Ended(end.code or 0)
         return None
 
-    def _hear_operator(self) -> None:
+    def _operators_word(self) -> list[str]:
         """Take what ``mnemo confirm-lost`` has left."""
         try:
             names = self._paths.verdicts.read_text().splitlines()
             self._paths.verdicts.unlink()
         except FileNotFoundError:
-            return
+            return []
+        return names
+
+    def _hear_operator(self) -> None:
+        """Nodes that the operator vouches for are lost, unless they are heard of."""
         members = self._machine.committed.members if self._machine.committed else ()
-        for name in names:
-            found = [m for m in members if name in (m.address, m.node) and m.key != self._me.key]
-            for member in found:
-                self._machine.confirm_lost(member.key)
-            known = ", ".join(member.address for member in members)
-            self._say(
-                f"{name} is lost, says the operator" if found else f"{name} is none of {known}"
-            )
+        for name in self._operators_word():
+            found = [m for m in members if name in (m.address, m.node)]
+            living = [m for m in found if m.key in {self._me.key, *self._machine.present}]
+            if not found:
+                known = ", ".join(member.address for member in members)
+                self._say(f"{name} is none of {known}")
+            elif living:
+                self._say(f"{name} is not lost: its agent answers")
+            else:
+                self._say(f"{name} is lost, says the operator")
+                for member in found:
+                    self._machine.confirm_lost(member.key)
 
     def _advice(self) -> str:
         """What an operator can do where too few members are left to decide by themselves."""

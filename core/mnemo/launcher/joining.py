@@ -65,7 +65,11 @@ def join(
         )
     host = host_of(interface)
     etcd = backend == "etcd"
+    if etcd:
+        endpoint = endpoint.partition(",")[0]
     places = rendezvous.endpoints(endpoint, rendezvous.PORTS[backend])
+    for name in rendezvous.unknown(places):
+        say(f"--rdzv-endpoint: the host {name} is not known here; looking for the run elsewhere")
     home = paths.directory.parent
     me = Member(
         node=host if home == default_parent() else f"{host} {home}",

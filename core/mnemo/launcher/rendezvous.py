@@ -77,21 +77,31 @@ def meeting_point(backend: str, endpoint: str, addr: str, port: int | None) -> s
 def endpoints(text: str, default_port: int) -> tuple[str, ...]:
     """The places that ``--rdzv-endpoint`` names: ``HOST[:PORT]``, several with commas between.
 
+    A host that is not known keeps its place, by name: it may be one that was lost.
+
     Args:
         text: What it is.
         default_port: Where none is given.
 
     Raises:
-        LaunchError: One of them is none, or there is no such host.
+        LaunchError: One of them is none, or none of the hosts is known.
     """
     found = []
+    unknown: list[str] = []
     for word in filter(None, (part.strip() for part in text.split(","))):
         match = _ENDPOINT.fullmatch(word)
         port = int(match["port"] or default_port) if match else 0
         if match is None or not 0 < port < 1 << 16:
             msg = f"--rdzv-endpoint={text}: {word} is not HOST or HOST:PORT"
             raise LaunchError(msg)
-        found.append(str(Address(_resolve(match["host"].strip("[]")), port)))
+        host = match["host"].strip("[]")
+        known = _resolve(host)
+        if not known:
+            unknown.append(host)
+        found.append(str(Address(known or host, port)))
+    if found and len(unknown) == len(found):
+        msg = f"--rdzv-endpoint: the host {', '.join(unknown)} is not known here"
+        raise LaunchError(msg)
     if not found:
         msg = (
             "several nodes have to meet somewhere: --rdzv-endpoint=HOST[:PORT] with a host of "
@@ -103,14 +113,20 @@ def endpoints(text: str, default_port: int) -> tuple[str, ...]:
 
 
 def _resolve(host: str) -> str:
+    """The address of ``host``; empty if it is not known."""
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(host))
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        msg = f"--rdzv-endpoint: the host {host} is not known here ({error.strerror})"
-        raise LaunchError(msg) from error
+    except OSError:
+        return ""
     return min((str(entry[4][0]) for entry in found), key=lambda ip: ":" in ip)
+
+
+def unknown(places: tuple[str, ...]) -> list[str]:
+    """Hosts of `endpoints` that have no address here."""
+    hosts = [place.rpartition(":")[0].strip("[]") for place in places]
+    return [host for host in hosts if not _resolve(host)]
 
 
 def own_place(host: str, places: tuple[str, ...]) -> str:

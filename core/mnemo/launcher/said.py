@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from mnemo.errors import MembershipRecordError
+from mnemo.errors import MembershipRecordError, StoreLostError
 
 if TYPE_CHECKING:
-    from mnemo.membership import Machine, Seal, Stores
+    from mnemo.membership import Machine, Seal, Store, Stores
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 
@@ -42,7 +42,7 @@ class Said:
             StoreLostError: The Store does not answer.
         """
         key = self._prefix + key
-        store = await self._stores.store(self._machine.place)
+        store = await self._store()
         await store.compare_set(key, None, self._seal.wrap(key, record))
 
     async def read(self, key: str, kind: type[_T]) -> _T | None:
@@ -52,10 +52,15 @@ class Said:
             StoreLostError: The Store does not answer.
         """
         key = self._prefix + key
-        store = await self._stores.store(self._machine.place)
+        store = await self._store()
         (raw,) = await store.get((key,))
         if raw is None:
             return None
         with contextlib.suppress(MembershipRecordError):  # a stranger's
             return self._seal.unwrap(key, raw, kind)
         return None
+
+    async def _store(self) -> Store:
+        if not self._machine.place:
+            raise StoreLostError("this node takes part in no Store")
+        return await self._stores.store(self._machine.place)

@@ -143,6 +143,8 @@ class Machine:
             return "too few members are here to decide"
         if self.committed is not None and not self._is_in(self.committed):
             return "this node is a spare"
+        if self.committed is None and seat.has_looked and len(seat.living()) < self._rules.nodes:
+            return f"{len(seat.living())} of {self._rules.nodes} nodes are here"
         return "the nodes agree"
 
     @property

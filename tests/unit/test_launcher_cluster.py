@@ -1,0 +1,115 @@
+"""Agents of several nodes in one process, with a Store in memory, or none."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+from membership_lab import SEAL, MemoryStore
+
+from mnemo.errors import LaunchError
+from mnemo.launcher.c10d import C10dStores
+from mnemo.launcher.cluster import Cluster
+from mnemo.launcher.rendezvous import Nodes
+from mnemo.launcher.seat import Seat
+from mnemo.launcher.team import Report
+from mnemo.membership import Member, Rules
+from mnemo.membership.store import Add, CompareSet, Get, Set
+from mnemo.smp.paths import RunPaths
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mnemo.membership import Stores
+
+
+class Memory:
+    """A Store as agents speak to it, and all that there are."""
+
+    def __init__(self) -> None:
+        self._store = MemoryStore()
+
+    async def get(self, keys: tuple[str, ...]) -> tuple[bytes | None, ...]:
+        found = self._store.apply(Get("", keys))
+        assert isinstance(found, tuple)
+        return found
+
+    async def set(self, key: str, value: bytes) -> None:
+        self._store.apply(Set("", key, value))
+
+    async def compare_set(self, key: str, expected: bytes | None, value: bytes) -> bytes | None:
+        there = self._store.apply(CompareSet("", key, expected, value))
+        assert there is None or isinstance(there, bytes)
+        return there
+
+    async def add(self, key: str) -> int:
+        number = self._store.apply(Add("", key))
+        assert isinstance(number, int)
+        return number
+
+    async def store(self, place: str) -> Memory:
+        assert place
+        return self
+
+    async def host(self, place: str) -> None:
+        assert place
+
+    async def warm_up(self) -> None:
+        """Nothing."""
+
+    async def close(self) -> None:
+        """Nothing."""
+
+
+def agent(directory: Path, name: str, stores: Stores, said: list[str], **rules: float) -> Cluster:
+    paths = RunPaths.of("run", directory / name)
+    paths.make()
+    return Cluster(
+        Member(name, "0", address=name, store=f"{name}:1"),
+        ("127.0.0.1:1",),
+        Nodes(2),
+        rules=Rules(nodes=2, **rules),  # type: ignore[arg-type]
+        seal=SEAL,
+        stores=stores,  # type: ignore[arg-type]
+        paths=paths,
+        saves=False,
+        say=said.append,
+    )
+
+
+def test_where_no_store_answers_that_is_what_is_said(tmp_path: Path) -> None:
+    async def run() -> None:
+        team = agent(tmp_path, "a", C10dStores("run"), [], give_up_s=0.3)
+        with pytest.raises(LaunchError, match=r"\(recover.no_spare\): no Store answers"):
+            await team.take_seat(1)
+        await team.close()
+
+    asyncio.run(run())
+
+
+def test_too_few_nodes_are_counted(tmp_path: Path) -> None:
+    async def run() -> None:
+        team = agent(tmp_path, "a", Memory(), [], give_up_s=1.0, beat_s=0.05)
+        with pytest.raises(LaunchError, match=": 1 of 2 nodes are here"):
+            await team.take_seat(1)
+        await team.close()
+
+    asyncio.run(run())
+
+
+def test_the_operators_word_of_a_node_that_lives_is_not_taken(tmp_path: Path) -> None:
+    """It was given while nobody waited; then a rank fails, and all nodes go on."""
+
+    async def run() -> None:
+        stores, said = Memory(), list[str]()
+        one, other = (agent(tmp_path, name, stores, said, beat_s=0.05) for name in "ab")
+        for _ in range(2):
+            seats = await asyncio.gather(one.take_seat(1), other.take_seat(1))
+            assert all(isinstance(seat, Seat) for seat in seats)
+            RunPaths.of("run", tmp_path / "a").verdicts.write_text("b\n")
+            await one.report(Report(cause="it failed"))
+        await asyncio.gather(one.close(), other.close())
+        assert "that b is lost was said before this node waited for it: not taken" in said
+
+    asyncio.run(run())
