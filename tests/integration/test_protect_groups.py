@@ -70,6 +70,31 @@ def test_one_loss_after_the_other(seed: int) -> None:
     run(main())
 
 
+@pytest.mark.parametrize(("limit", "counts"), [(None, False), (1e12, True)])
+def test_only_a_rate_that_was_asked_for_holds_for_a_rebuild(
+    limit: float | None, counts: bool, seed: int
+) -> None:
+    """Training waits for it, so nothing has to be left to training."""
+
+    async def main() -> None:
+        async with lab.group_of(3, 1) as nodes:
+            for node in nodes:
+                node.commit(1, [100_000], seed)
+            await lab.all_protected(nodes, 1)
+            node = await lab.replace(nodes, 1)
+            taken = []
+            for other in nodes:
+                other.neighbours.limit(limit)
+                reserve = other.neighbours.rate.reserve
+                other.neighbours.rate.reserve = lambda n, reserve=reserve: (
+                    taken.append(n) or reserve(n)
+                )
+            await node.protector.rebuild()
+            assert bool(taken) is counts
+
+    run(main())
+
+
 def test_generation_after_generation_in_two_sets_of_memory(seed: int) -> None:
     """Older ones are let go of, in the fit's memory too; sizes may change on the way."""
     chance = random.Random(seed)

@@ -113,7 +113,6 @@ PUBLIC: dict[str, set[str]] = {
         "Protector",
         "Shard",
         "Standing",
-        "default_rate",
     },
     "mnemo.session": {"Keeper", "Place", "Restored", "Session"},
     "mnemo.storage": {

@@ -96,7 +96,8 @@ class ProtectConfig:
     """What this node fails together with, such as its rack: ``${oc.env:RACK}``. The nodes of a
     group are taken from as many domains as there are. Empty: each node fails by itself."""
     rate: Annotated[float | None, kinds.RATE] = None
-    """Bytes that a node sends to others, a second. None: 8 MB/s for each of its cores."""
+    """Bytes that a node sends to others, a second. None: 8 MB/s for each of its cores, and as fast
+    as it goes where training waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

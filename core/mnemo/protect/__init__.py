@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from mnemo.protect.keeping import Holdings, Standing
 from mnemo.protect.messages import Piece
-from mnemo.protect.neighbours import Neighbours, default_rate
+from mnemo.protect.neighbours import Neighbours
 from mnemo.protect.protector import Protector
 from mnemo.protect.shard import Shard
 
-__all__ = ["Holdings", "Neighbours", "Piece", "Protector", "Shard", "Standing", "default_rate"]
+__all__ = ["Holdings", "Neighbours", "Piece", "Protector", "Shard", "Standing"]

@@ -69,7 +69,7 @@ async def send_own(
         if not part:
             break
         fragments.read(stripe, chunk, part)
-        await neighbours.send_chunk(peer, chunk, part)
+        await neighbours.send_chunk(peer, chunk, part, rebuilds=True)
 
 
 class Gathering:
@@ -118,7 +118,7 @@ class Gathering:
                 await self._neighbours.compute(self._codec.reconstruct, have, {index: out})
                 await delivery
                 delivery = asyncio.ensure_future(
-                    self._neighbours.send_chunk(peer, chunk, out[:length])
+                    self._neighbours.send_chunk(peer, chunk, out[:length], rebuilds=True)
                 )
             await delivery
         finally:

@@ -58,11 +58,12 @@ class Neighbours:
             me: This node.
             sock: From `mnemo.transport.address.listen`; closed by `close`.
             addresses: Where the others listen, as far as that is known; `moved` changes it.
-            bytes_per_s: Most that this node sends of fragments; None: `default_rate`.
+            bytes_per_s: See `limit`.
             rules: Waits and limits.
         """
         self.rules = rules or Rules()
-        self.rate = RateLimit(default_rate() if bytes_per_s is None else bytes_per_s)
+        self.rate = RateLimit(default_rate())
+        self.limit(bytes_per_s)
         self.sent = 0
         """Bytes of fragments that left this node."""
         self._me = me
@@ -73,6 +74,14 @@ class Neighbours:
         self._serves: dict[int, Serve] = {}
         self._listener = Listener(me, sock, DECODER, self._serve, rules)
         self._worker = ThreadPoolExecutor(1, "mnemo-protect", initializer=_be_nice)
+
+    def limit(self, bytes_per_s: float | None) -> None:
+        """Send at most so much of fragments; None: `default_rate`, so that training goes on.
+
+        For a rebuild, which training waits for, only the network can be a reason to send less.
+        """
+        self.rate.change(default_rate() if bytes_per_s is None else bytes_per_s)
+        self._limits_rebuilds = bytes_per_s is not None
 
     @property
     def name(self) -> str:
@@ -151,9 +160,12 @@ class Neighbours:
             lines.discard(line)
             await _hang_up(line)
 
-    async def send_chunk(self, peer: Peer[Message], number: int, data: memoryview) -> int:
-        """Send a chunk when the rate allows it; return its digest."""
-        digest = await peer.send(Chunk(number), data, rate=self.rate)
+    async def send_chunk(
+        self, peer: Peer[Message], number: int, data: memoryview, *, rebuilds: bool = False
+    ) -> int:
+        """Send a chunk when `limit` allows it; return its digest."""
+        rate = self.rate if self._limits_rebuilds or not rebuilds else None
+        digest = await peer.send(Chunk(number), data, rate=rate)
         self.sent += len(data)
         return digest or 0
 

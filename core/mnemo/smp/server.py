@@ -20,7 +20,7 @@ import msgspec
 
 from mnemo.clock import Clock, SystemClock
 from mnemo.errors import ConfigError, IdentityError, MnemoError, ProtocolError, RunInUseError
-from mnemo.protect import Neighbours, default_rate
+from mnemo.protect import Neighbours
 from mnemo.smp import messages as m
 from mnemo.smp.board import Board
 from mnemo.smp.fits import Answer, Fit, Seat
@@ -345,7 +345,7 @@ class Server:
                 log.error("other nodes do not find this one any more: %s", error)
                 return
         assert self._neighbours is not None
-        self._neighbours.rate.change(settings.bytes_per_s or default_rate())
+        self._neighbours.limit(settings.bytes_per_s)
         for node, (host, port) in settings.addresses.items():
             self._neighbours.moved(node, Address(host, port))
         await fit.commits.protect(fit.number, settings, self._neighbours)
