@@ -81,16 +81,33 @@ def test_static_meets_where_rank_0_is() -> None:
         rendezvous.meeting_point("zookeeper", "a", "127.0.0.1", None)
 
 
-def test_own_place_is_the_endpoint_or_has_its_port() -> None:
+def test_the_own_place_is_the_endpoint_or_has_its_port() -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     own, other = f"127.0.0.1:{port}", f"192.0.2.1:{port}"
-    assert rendezvous.own_place("127.0.0.1", (other, own)) == own
-    assert rendezvous.own_place("127.0.0.1", (other,)) == own
+    assert place(other, own) == own
+    assert place(other) == own
     with socket.socket() as listener:
         listener.bind(("", port))
         listener.listen()
-        found = rendezvous.own_place("127.0.0.1", (own,))
+        found = place(own)
         assert found.startswith("127.0.0.1:")
         assert found != own
+
+
+def test_agents_on_one_machine_have_places_of_their_own_before_they_listen() -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        own = f"127.0.0.1:{probe.getsockname()[1]}"
+    first, claim = rendezvous.claim_place("127.0.0.1", (own,))
+    with claim:
+        assert first == own
+        assert place(own) != own
+    assert place(own) == own
+
+
+def place(*places: str) -> str:
+    found, claim = rendezvous.claim_place("127.0.0.1", places)
+    claim.close()
+    return found

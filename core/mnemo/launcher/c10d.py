@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from mnemo.errors import StoreLostError
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable
 
 T = TypeVar("T")
@@ -129,11 +130,15 @@ class C10dStores:
 
     Args:
         run_id: Of the run; part of all keys.
+        claim: Holds the place where this agent hosts one; closed with the rest.
         patience_s: Seconds that an answer may take.
     """
 
-    def __init__(self, run_id: str, patience_s: float = 1.0) -> None:
+    def __init__(
+        self, run_id: str, claim: socket.socket | None = None, patience_s: float = 1.0
+    ) -> None:
         self._prefix = f"mnemo/{run_id}/"
+        self._claim = claim
         self._patience_s = patience_s
         self._stores: dict[str, C10dStore] = {}
         self._host = StoreHost()
@@ -159,6 +164,8 @@ class C10dStores:
         for store in self._stores.values():
             store.close()
         await self._host.end()
+        if self._claim is not None:
+            self._claim.close()
 
 
 class StoreHost:

@@ -70,12 +70,18 @@ def join(
     places = rendezvous.endpoints(endpoint, rendezvous.PORTS[backend])
     for name in rendezvous.unknown(places):
         say(f"--rdzv-endpoint: the host {name} is not known here; looking for the run elsewhere")
+    stores: C10dStores | EtcdStores
+    if etcd:
+        store, stores = "", EtcdStores(run_id)
+    else:
+        store, claim = rendezvous.claim_place(host, places)
+        stores = C10dStores(run_id, claim)
     home = paths.directory.parent
     me = Member(
         node=host if home == default_parent() else f"{host} {home}",
         incarnation=secrets.token_hex(8),
         address=host,
-        store="" if etcd else rendezvous.own_place(host, places),
+        store=store,
         ranks=ranks,
         labels=_labels(paths),
     )
@@ -85,7 +91,7 @@ def join(
         nodes,
         rules=Rules(nodes=nodes.count, spares=nodes.spares, give_up_s=wait_s, arbiter=etcd),
         seal=Seal(auth.load_or_create_secret(Path(file)), run_id),
-        stores=EtcdStores(run_id) if etcd else C10dStores(run_id),
+        stores=stores,
         paths=paths,
         saves=saves,
         say=say,

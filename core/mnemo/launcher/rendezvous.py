@@ -129,12 +129,15 @@ def unknown(places: tuple[str, ...]) -> list[str]:
     return [host for host in hosts if not _resolve(host)]
 
 
-def own_place(host: str, places: tuple[str, ...]) -> str:
+def claim_place(host: str, places: tuple[str, ...]) -> tuple[str, socket.socket]:
     """Where this node would host a Store: at one of ``places`` if that is its own.
 
     Args:
         host: The address that other nodes reach this one by.
         places: See `endpoints`.
+
+    Returns:
+        The place, and what holds it against other agents on this machine until it is closed.
     """
     own = {
         entry.address.partition("%")[0]
@@ -144,14 +147,30 @@ def own_place(host: str, places: tuple[str, ...]) -> str:
     port = int(places[0].rpartition(":")[2])
     mine = [place for place in places if place.rpartition(":")[0].strip("[]") in own]
     wanted = mine[0] if mine else str(Address(host, port))
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", int(wanted.rpartition(":")[2])))
-        except OSError:  # another agent on this machine has it
+    claim = _claim(int(wanted.rpartition(":")[2]))
+    while claim is None:  # another agent has it, or will host there before long
+        with socket.socket() as probe:
             probe.bind(("", 0))
-            return str(Address(host, probe.getsockname()[1]))
-    return wanted
+            port = probe.getsockname()[1]
+        wanted, claim = str(Address(host, port)), _claim(port)
+    return wanted, claim
+
+
+def _claim(port: int) -> socket.socket | None:
+    """Have ``port`` among the agents of this machine, long before anybody listens there.
+
+    By a name that ends with its process and is known where the port is: in the network namespace.
+    """
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0mnemo-store-{port}")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+    except OSError:
+        claim.close()
+        return None
+    return claim
 
 
 async def is_needed(stores: Stores, places: tuple[str, ...]) -> bool:
