@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from membership_lab import SEAL, Node, World
+from membership_lab import SEAL, MemoryStore, Node, World
 
-from mnemo.errors import ConfigError, MembershipRecordError
+from mnemo.errors import ConfigError, MembershipRecordError, StoreLostError
 from mnemo.membership import Epoch, Member, Rules, Seal
 from mnemo.membership.coordinator import decide
 from mnemo.membership.lease import NEVER, Lease
 from mnemo.membership.plan import heirs, is_quorum, successors
 from mnemo.membership.records import HEAD, KEEPS, Ballot, Beat, Head, Hello, State, beat_key
 from mnemo.membership.roll import Moment, Roll, Seen
+from mnemo.membership.seat import Seat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
+
+    from mnemo.membership.store import Answer, Op
 
 RULES = Rules(nodes=3)
+STORE = Ballot(0, "a", "a/0/1")
 MEMBERS = tuple(Member(name, "0", store=name) for name in "abcd")
 
 
@@ -116,15 +121,15 @@ def test_times_that_could_let_two_sides_go_on_are_refused(wrong: dict[str, float
 
 
 def test_a_record_counts_at_its_key_under_its_secret_alone() -> None:
-    raw = SEAL.wrap(beat_key(1), Beat(3))
-    assert SEAL.unwrap(beat_key(1), raw, Beat) == Beat(3)
+    raw = SEAL.wrap(beat_key(STORE, 1), Beat(3))
+    assert SEAL.unwrap(beat_key(STORE, 1), raw, Beat) == Beat(3)
     other = Seal(b"t" * 32, "run")
     for seal, key, value in [
-        (SEAL, beat_key(2), raw),
-        (other, beat_key(1), raw),
-        (Seal(b"s" * 32, "other"), beat_key(1), raw),
-        (SEAL, beat_key(1), raw[:-1]),
-        (SEAL, beat_key(1), b""),
+        (SEAL, beat_key(STORE, 2), raw),
+        (other, beat_key(STORE, 1), raw),
+        (Seal(b"s" * 32, "other"), beat_key(STORE, 1), raw),
+        (SEAL, beat_key(STORE, 1), raw[:-1]),
+        (SEAL, beat_key(STORE, 1), b""),
     ]:
         with pytest.raises(MembershipRecordError):
             seal.unwrap(key, value, Beat)
@@ -138,7 +143,7 @@ def test_a_record_counts_at_its_key_under_its_secret_alone() -> None:
 
 
 def _roll(now: float, *seen: tuple[Hello, Beat, float]) -> Roll:
-    roll = Roll(SEAL, Moment(now), RULES.node_loss_s)
+    roll = Roll(SEAL, STORE, Moment(now), RULES.node_loss_s)
     roll._seen = {slot: Seen(*each, each[2]) for slot, each in enumerate(seen, 1)}
     return roll
 
@@ -167,6 +172,36 @@ def test_who_was_never_bound_is_no_vote_in_a_new_store() -> None:
         says = (Hello(MEMBERS[1], bound), Beat(1), 10.0)
         opened = decide(RULES, ballot, None, _roll(10.0, knows, says))
         assert (opened is not None) is bound
+
+
+def test_who_is_still_in_the_store_before_says_nothing_in_the_one_at_its_place() -> None:
+    """It was stopped, and its slot is another's by now: that one's acknowledgements are its own."""
+    store, moment = MemoryStore(), Moment(0.0)
+
+    def turn(steps: Generator[Op, Answer, object]) -> None:
+        op = next(steps)
+        with contextlib.suppress(StopIteration):
+            while True:
+                op = steps.send(store.apply(op))
+
+    def sit(member: Member, ballot: Ballot) -> Seat:
+        seat = Seat("a", ballot, member, SEAL, RULES, moment)
+        store.values[HEAD] = SEAL.wrap(HEAD, Head(ballot))
+        turn(seat.say_hello(Hello(member)))
+        return seat
+
+    stopped = sit(MEMBERS[0], STORE)
+    stopped.acked = 1
+    store.values.clear()
+    store.counts.clear()
+    newer = Ballot(2, "a", "a/0/2")
+    sits = sit(MEMBERS[1], newer)
+    with pytest.raises(StoreLostError, match="forgotten a/0"):
+        turn(stopped.say_alive(0, ()))
+    turn(sits.say_alive(0, ()))
+    roll = Roll(SEAL, newer, moment, RULES.node_loss_s)
+    turn(roll.refresh("a"))
+    assert roll.beats() == {"b/0": Beat(2)}
 
 
 # --- a run ----------------------------------------------------------------------------------------

@@ -18,25 +18,8 @@ _MAC_BYTES: Final = 32
 _PURPOSE: Final = "mnemo-membership-1"
 
 HEAD: Final = "head"
-JOINED: Final = "joined"
-"""A counter: how many slots have been taken."""
 MOVED: Final = "moved"
 """In a Store that the run has left: the `Ballot` of the one where it was then."""
-
-
-def hello_key(slot: int) -> str:
-    """Where the `Hello` of ``slot`` stands."""
-    return f"hello/{slot}"
-
-
-def beat_key(slot: int) -> str:
-    """Where the `Beat` of ``slot`` stands."""
-    return f"beat/{slot}"
-
-
-def state_key(slot: int, serial: int) -> str:
-    """Where the ``serial``-th `State` that the node of ``slot`` wrote stands, for ever."""
-    return f"state/{slot}/{serial}"
 
 
 class Ballot(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -52,6 +35,30 @@ class Ballot(msgspec.Struct, frozen=True, order=True, array_like=True):
     term: int
     place: str
     maker: str = ""
+
+
+def joined_key(ballot: Ballot) -> str:
+    """Where a counter stands: how many slots have been taken.
+
+    All that agents write of themselves stands under the Store's ballot. Whoever still takes part
+    in the Store that was at that place before writes where nobody reads.
+    """
+    return f"{ballot.maker}/joined"
+
+
+def hello_key(ballot: Ballot, slot: int) -> str:
+    """Where the `Hello` of ``slot`` stands."""
+    return f"{ballot.maker}/hello/{slot}"
+
+
+def beat_key(ballot: Ballot, slot: int) -> str:
+    """Where the `Beat` of ``slot`` stands."""
+    return f"{ballot.maker}/beat/{slot}"
+
+
+def state_key(ballot: Ballot, slot: int, serial: int) -> str:
+    """Where the ``serial``-th `State` that the node of ``slot`` wrote stands, for ever."""
+    return f"{ballot.maker}/state/{slot}/{serial}"
 
 
 KEEPS: Final = "keeps rank "

@@ -6,7 +6,16 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from mnemo.errors import MembershipRecordError
-from mnemo.membership.records import JOINED, Beat, Hello, Member, Seal, beat_key, hello_key
+from mnemo.membership.records import (
+    Ballot,
+    Beat,
+    Hello,
+    Member,
+    Seal,
+    beat_key,
+    hello_key,
+    joined_key,
+)
 from mnemo.membership.store import Answer, Get, Op
 
 
@@ -42,6 +51,7 @@ class Roll:
     """
 
     seal: Seal
+    ballot: Ballot
     moment: Moment
     node_loss_s: float
     _seen: dict[int, Seen] = field(default_factory=dict)
@@ -50,7 +60,9 @@ class Roll:
 
     def refresh(self, place: str) -> Generator[Op, Answer, None]:
         """Read what is new: in one operation, unless somebody has come."""
-        (count,) = yield from self._read(place, (JOINED,), range(1, self._slots + 1))
+        (count,) = yield from self._read(
+            place, (joined_key(self.ballot),), range(1, self._slots + 1)
+        )
         newcomers = range(self._slots + 1, int(count or 0) + 1)
         if newcomers:
             self._slots = newcomers[-1]
@@ -61,7 +73,8 @@ class Roll:
     ) -> Generator[Op, Answer, list[bytes | None]]:
         """Hear those in ``slots``; what stands at the keys ``more``."""
         unknown = [slot for slot in slots if slot not in self._seen]
-        keys = (*more, *map(beat_key, slots), *map(hello_key, unknown))
+        beats = [beat_key(self.ballot, slot) for slot in slots]
+        keys = (*more, *beats, *(hello_key(self.ballot, slot) for slot in unknown))
         answer = yield Get(place, keys)
         assert isinstance(answer, tuple)
         values = dict(zip(keys, answer, strict=True))
@@ -70,16 +83,17 @@ class Roll:
         return [values[key] for key in more]
 
     def _hear(self, slot: int, values: dict[str, bytes | None]) -> None:
-        said, known = values[beat_key(slot)], self._seen.get(slot)
+        at, come = beat_key(self.ballot, slot), hello_key(self.ballot, slot)
+        said, known = values[at], self._seen.get(slot)
         if said is None:
             return
         try:
-            beat = self.seal.unwrap(beat_key(slot), said, Beat)
+            beat = self.seal.unwrap(at, said, Beat)
             if known is None:
-                hello = values[hello_key(slot)]
+                hello = values[come]
                 if hello is None:
                     return
-                opened = self.seal.unwrap(hello_key(slot), hello, Hello)
+                opened = self.seal.unwrap(come, hello, Hello)
                 self._seen[slot] = Seen(opened, beat, self.moment.now, self.moment.now)
             elif beat.number > known.beat.number:
                 known.beat, known.since = beat, self.moment.now

@@ -12,7 +12,6 @@ from mnemo.membership.coordinator import decide, follow_up
 from mnemo.membership.lease import NEVER, Lease
 from mnemo.membership.records import (
     HEAD,
-    JOINED,
     Ballot,
     Beat,
     Head,
@@ -22,6 +21,7 @@ from mnemo.membership.records import (
     State,
     beat_key,
     hello_key,
+    joined_key,
     state_key,
 )
 from mnemo.membership.roll import Moment, Roll
@@ -64,7 +64,7 @@ class Seat:
         self._seal = seal
         self._rules = rules
         self._moment = moment
-        self._roll = Roll(seal, moment, rules.node_loss_s)
+        self._roll = Roll(seal, ballot, moment, rules.node_loss_s)
         self._slot = 0
         self._beat = Beat(0)
         self._beat_raw: bytes | None = None
@@ -89,12 +89,13 @@ class Seat:
         """Take a slot, if it has none yet."""
         if self._slot:
             return
-        slot = yield Add(self.place, JOINED)
+        slot = yield Add(self.place, joined_key(self.ballot))
         assert isinstance(slot, int)
         self._beat = Beat(1)
-        self._beat_raw = self._seal.wrap(beat_key(slot), self._beat)
-        yield CompareSet(self.place, beat_key(slot), None, self._beat_raw)
-        key = hello_key(slot)
+        key = beat_key(self.ballot, slot)
+        self._beat_raw = self._seal.wrap(key, self._beat)
+        yield CompareSet(self.place, key, None, self._beat_raw)
+        key = hello_key(self.ballot, slot)
         yield Set(self.place, key, self._seal.wrap(key, hello))
         self._slot = slot
 
@@ -107,7 +108,7 @@ class Seat:
             ended: See `Beat.ended`.
             lost: See `Beat.lost`.
         """
-        key = beat_key(self._slot)
+        key = beat_key(self.ballot, self._slot)
         while True:
             beat = Beat(self._beat.number + 1, self.echo, self.acked, ended, lost)
             raw = self._seal.wrap(key, beat)
@@ -180,7 +181,7 @@ class Seat:
         following = follow_up(self._rules, head, before, after or before, self._roll)
         if after is not None:
             self._serial += 1
-            key = state_key(self._slot, self._serial)
+            key = state_key(self.ballot, self._slot, self._serial)
             yield Set(self.place, key, self._seal.wrap(key, after))
             following = msgspec.structs.replace(following, state=key)
         wanted = self._seal.wrap(HEAD, following)
