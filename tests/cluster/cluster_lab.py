@@ -179,3 +179,16 @@ def etcd(host: Host) -> Iterator[str]:
     with (host.home / "log").open("w") as log:
         host.start(words, os.environ, stdout=log, stderr=log)
     yield f"{host.address}:2379"
+
+
+def keys_in_etcd(host: Host, place: str) -> int:
+    """How many there are, asked from ``host``."""
+    everything = '{"key": "AA==", "range_end": "AA==", "count_only": true}'
+    program = (
+        "import json, sys, urllib.request\n"
+        "answer = urllib.request.urlopen(sys.argv[1], sys.argv[2].encode())\n"
+        "print(json.load(answer).get('count', 0))"
+    )
+    command = [sys.executable, "-c", program, f"http://{place}/v3/kv/range", everything]
+    asks = host.start(command, os.environ, stdout=subprocess.PIPE)
+    return int(asks.communicate()[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import netns
 import pytest
-from cluster_lab import Job, etcd, until
+from cluster_lab import Job, etcd, keys_in_etcd, until
 from test_partitions import ranks_of
 
 from mnemo.types import EXIT_STATE_SAVED
@@ -42,7 +42,7 @@ def test_a_rank_dies_and_all_restart_until_that_was_too_often(tmp_path: Path) ->
 def test_a_job_that_is_asked_to_end_is_saved_on_all_nodes_and_goes_on(
     tmp_path: Path, backend: str
 ) -> None:
-    """It is enough to ask one agent. In etcd there are the records of the launch before."""
+    """It is enough to ask one agent. In etcd nothing of it stays."""
     with netns.network(tmp_path, 3) as net, contextlib.ExitStack() as stack:
         nodes = net.hosts[:2]
         job = Job(net, tmp_path / "job", "2", 150, SETTINGS)
@@ -55,8 +55,10 @@ def test_a_job_that_is_asked_to_end_is_saved_on_all_nodes_and_goes_on(
             assert job.codes(*nodes) == [EXIT_STATE_SAVED] * 2
             done = job.steps_done()
             assert done < 150
+            assert not (job.etcd and keys_in_etcd(net.hosts[2], job.etcd))
             job.start(*nodes)
             assert job.codes(*nodes) == [0, 0]
+            assert not (job.etcd and keys_in_etcd(net.hosts[2], job.etcd))
             assert "→ resumed from memory" in job.said(net.hosts[0])
             assert ", 0 steps lost" in job.said(net.hosts[0])
         assert job.steps_done() == 150

@@ -18,7 +18,7 @@ from mnemo.launcher.etcd import EtcdStores
 from mnemo.membership.store import Add, CompareSet, Get, Op, Set
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
     from mnemo.membership import Store
@@ -60,8 +60,9 @@ async def _c10d(path: Path) -> AsyncIterator[tuple[Ask, Ask]]:
             await one.close()
 
 
-@contextlib.asynccontextmanager
-async def _etcd(path: Path) -> AsyncIterator[tuple[Ask, Ask]]:
+@contextlib.contextmanager
+def _etcd_process(path: Path) -> Iterator[str]:
+    """Where it is."""
     if not shutil.which("etcd"):
         pytest.skip("there is no etcd (apt-get install etcd-server)")
     with held_port() as port, held_port() as peers:
@@ -76,18 +77,24 @@ async def _etcd(path: Path) -> AsyncIterator[tuple[Ask, Ask]]:
     }
     command = ["etcd", *(f"{flag}={value}" for flag, value in flags.items())]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    one, other = EtcdStores("r"), EtcdStores("r")
     try:
-        stores = [await each.store(url) for each in (one, other)]
-        await asyncio.wait_for(_answers(stores[0]), 60)
-        yield (lambda op: _ask(stores[0], op), lambda op: _ask(stores[1], op))
+        yield url
     finally:
         process.kill()
         process.wait()
-        await one.close()
-        await other.close()
+
+
+@contextlib.asynccontextmanager
+async def _etcd(path: Path) -> AsyncIterator[tuple[Ask, Ask]]:
+    one, other = EtcdStores("r"), EtcdStores("r")
+    with _etcd_process(path) as url:
+        stores = [await each.store(url) for each in (one, other)]
+        await asyncio.wait_for(_answers(stores[0]), 60)
+        yield (lambda op: _ask(stores[0], op), lambda op: _ask(stores[1], op))
     with pytest.raises(StoreLostError):
         await stores[0].get(("a",))
+    await one.close()
+    await other.close()
 
 
 async def _answers(store: Store) -> None:
@@ -132,3 +139,23 @@ def test_a_store_does_what_membership_needs(
             assert await one(Get("", (*many, "a"))) == (*(None for _ in many), b"z")
 
     asyncio.run(check())
+
+
+def test_what_a_run_has_in_etcd_is_removed_unless_another_agent_has_come(tmp_path: Path) -> None:
+    async def check(url: str) -> None:
+        stores, others = EtcdStores("r"), EtcdStores("r1")
+        store, other = await stores.store(url), await others.store(url)
+        await asyncio.wait_for(_answers(store), 60)
+        await other.set("head", b"another run's")
+        await store.set("head", b"h")
+        assert [await store.add("joined") for _ in range(2)] == [1, 2]
+        await stores.forget(url, "joined", 1)
+        assert await store.get(("head", "joined")) == (b"h", b"2")
+        await stores.forget(url, "joined", 2)
+        assert await store.get(("head", "joined")) == (None, None)
+        assert await other.get(("head",)) == (b"another run's",)
+        await stores.close()
+        await others.close()
+
+    with _etcd_process(tmp_path) as url:
+        asyncio.run(check(url))

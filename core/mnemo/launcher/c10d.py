@@ -159,6 +159,9 @@ class C10dStores:
         """See `mnemo.membership.Stores`."""
         await self._host.serve(int(place.rpartition(":")[2]))
 
+    async def forget(self, place: str, joined: str, count: int) -> None:
+        """See `mnemo.launcher.etcd.EtcdStores.forget`: it ends with its host."""
+
     async def close(self) -> None:
         """Hang up, and end the Store that is hosted here."""
         for store in self._stores.values():

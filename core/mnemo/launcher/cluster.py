@@ -382,20 +382,28 @@ class Cluster:
         """See `Team.close`."""
         self._idle.set()
         if self._driving is not None:
-            with contextlib.suppress(StoreLostError, TimeoutError):
+            with contextlib.suppress(StoreLostError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._part(), _FAREWELL_S)
             self._driving.cancel()
             await asyncio.wait({self._driving})
         await self._stores.close()
 
     async def _part(self) -> None:
-        """Whoever hosts the Store leaves last."""
+        """Whoever hosts the Store leaves last; with etcd node 0 does, and removes what is there."""
         await self._said.put(f"left/{self._me.key}", End(0))
-        if self._machine.place != self._me.store:
+        first = self._epoch.members[0].key if self._epoch else ""
+        hosts = self._machine.place == self._me.store
+        if not hosts and not (self._rules.arbiter and first == self._me.key):
             return
-        for key in self._machine.present:
-            while await self._said.read(f"left/{key}", End) is None:
-                await asyncio.sleep(_POLL_S)
+        left: set[str] = set()
+        while others := self._machine.present - left:
+            for key in others:
+                while await self._said.read(f"left/{key}", End) is None:
+                    await asyncio.sleep(_POLL_S)
+                left.add(key)
+        joined, count = self._machine.joined
+        if count:
+            await self._stores.forget(self._machine.place, joined, count)
 
 
 def _what_was_lost(epoch: Epoch) -> str:

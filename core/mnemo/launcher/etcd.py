@@ -81,6 +81,19 @@ class EtcdStore:
         done = bool(answer.get("succeeded"))
         return done, None if done else _values(answer)[0]
 
+    async def clear(self, key: str, expected: bytes) -> None:
+        """Remove all keys of the prefix, if ``key`` is ``expected``, as one operation."""
+        first = self._prefix.encode()
+        everything = {"key": _text(first), "range_end": _text(first[:-1] + bytes([first[-1] + 1]))}
+        compare = {
+            "target": "VALUE",
+            "result": "EQUAL",
+            "key": self._key(key),
+            "value": _text(expected),
+        }
+        remove = {"request_delete_range": everything}
+        await self._ask("txn", {"compare": [compare], "success": [remove]})
+
     def close(self) -> None:
         """Hang up."""
         self._connection.close()
@@ -140,6 +153,16 @@ class EtcdStores:
     async def host(self, place: str) -> None:
         """See `mnemo.membership.Stores`: nobody hosts etcd."""
         raise StoreLostError(f"{place} is not hosted by a node")
+
+    async def forget(self, place: str, joined: str, count: int) -> None:
+        """Remove all that the run has there, unless another agent has come.
+
+        Args:
+            place: Where it is.
+            joined: Key of the counter of agents.
+            count: What it is as long as no other has come.
+        """
+        await (await self.store(place)).clear(joined, str(count).encode())
 
     async def close(self) -> None:
         """Hang up."""

@@ -170,6 +170,11 @@ class Machine:
         return tuple(rank for rank, m in enumerate(epoch.members) if m.key in self.present)
 
     @property
+    def joined(self) -> tuple[str, int]:
+        """See `mnemo.membership.seat.Seat.joined`."""
+        return self._seat.joined if self._seat else ("", 0)
+
+    @property
     def has_given_up(self) -> bool:
         """Whether it has waited for longer than `Rules.give_up_s`: save the state and exit."""
         waited = self._moment.now - self._idle_since
@@ -181,6 +186,8 @@ class Machine:
         if self._seat is not None:
             with contextlib.suppress(StoreLostError):  # time tells
                 yield from self._follow(self._seat)
+            if self._seat.is_gone and self._rules.arbiter and self.committed is None:
+                self._seat = None  # it was of the launch before, whose last node has removed it
         if self._seat is None or (self._is_free and not self._rules.arbiter):
             yield from self._look()
 

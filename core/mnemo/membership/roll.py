@@ -119,6 +119,11 @@ class Roll:
             if self._lives(seen) and key not in self._lost
         }
 
+    @property
+    def count(self) -> int:
+        """How many have ever joined, if something is known of all; else 0."""
+        return self._slots if len(self._seen) == self._slots else 0
+
     def has_settled(self, seconds: float) -> bool:
         """Whether nobody has come for so long."""
         newest = max((seen.came for seen in self._seen.values()), default=self.moment.now)

@@ -45,6 +45,7 @@ class Seat:
         lease: See there.
         changed: Whether the last turn read another state than the one before.
         head_since: When this node first read the head that it last read.
+        is_gone: There was nothing of this Store, or another one, where it was.
         answers_in: Seconds that it last took the Store to say what stands in the head.
     """
 
@@ -59,6 +60,7 @@ class Seat:
         self.lease = Lease()
         self.changed = False
         self.head_since = moment.now
+        self.is_gone = False
         self.answers_in = 0.0
         self._me = me
         self._seal = seal
@@ -84,6 +86,11 @@ class Seat:
     def living(self) -> dict[str, Member]:
         """Agents that are not lost, by key, as far as this one has looked."""
         return self._roll.living()
+
+    @property
+    def joined(self) -> tuple[str, int]:
+        """Where it stands how many have joined, and that number if all are known; else 0."""
+        return joined_key(self.ballot), self._roll.count
 
     def say_hello(self, hello: Hello) -> Turn:
         """Take a slot, if it has none yet."""
@@ -114,6 +121,7 @@ class Seat:
             raw = self._seal.wrap(key, beat)
             there = yield CompareSet(self.place, key, self._beat_raw, raw)
             if there is None:
+                self.is_gone = True
                 raise StoreLostError(f"the Store at {self.place} has forgotten {self._me.key}")
             assert isinstance(there, bytes)
             self._beat_raw, self._beat = there, self._seal.unwrap(key, there, Beat)
@@ -133,6 +141,7 @@ class Seat:
         self.answers_in = self._moment.now - asked
         head = self._seal.unwrap(HEAD, raw, Head) if raw else None
         if head is None or head.ballot != self.ballot:
+            self.is_gone = True
             raise StoreLostError(f"the Store at {self.place} is another one by now")
         self.changed = self._head is None or head.state != self._head.state
         if self.changed and head.state:
