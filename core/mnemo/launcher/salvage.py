@@ -8,12 +8,14 @@ and stores it as that node would have. Nothing of it needs torch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from mnemo.errors import MnemoError, SalvageError
+from mnemo.launcher.company import Company
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
 from mnemo.smp.paths import RunPaths
@@ -26,12 +28,13 @@ if TYPE_CHECKING:
     from mnemo.membership import Epoch
     from mnemo.smp.client import SmpClient
 
-_POLL_S: Final = 0.1
 _PATIENCE_S: Final = 1800.0
 """How long the slowest node may take, for all of it."""
 _KEEP_ALIVE_S: Final = 60.0
 """How long a lost node's part stays where the agent that has it dies."""
-_T = TypeVar("_T", bound=msgspec.Struct)
+_FIND_S: Final = 20.0
+"""How long this node's snapshot process may take to answer at first."""
+_FAREWELL_S: Final = 5.0
 
 
 class There(msgspec.Struct, frozen=True, array_like=True):
@@ -94,55 +97,43 @@ class Salvage:
         Raises:
             SalvageError: It cannot be stored, or no place for it is known.
         """
-        deadline = asyncio.get_running_loop().time() + _PATIENCE_S
+        addresses = [member.address for member in self._epoch.members]
+        company = Company(self._said, addresses, self._rank, patience_s=_PATIENCE_S)
         try:
-            return await self._run(there, deadline)
-        finally:
+            async with company.living():
+                return await self._run(there, company)
+        except asyncio.CancelledError:
             self._given_up = True
+            for part in self._parts:
+                part.hang_up()
+            raise
+        finally:
             for part in self._parts:
                 part.close()
 
-    async def _run(self, there: Collection[int] | None, deadline: float) -> Salvaged:
+    async def _run(self, there: Collection[int] | None, company: Company) -> Salvaged:
         if there is not None:
-            await self._said.put("there", There(tuple(sorted(there))))
-        left = (await self._all(There, ["there"], deadline))[0].nodes
+            await company.tell("there", There(tuple(sorted(there))))
+        left = (await company.first("there", There)).nodes
         try:
             kept = await asyncio.to_thread(self._gather, left)
         except (MnemoError, OSError) as error:
             kept = Kept((), {}, str(error))
-        await self._said.put(f"kept/{self._rank}", kept)
-        tick, step = self._choose(
-            await self._all(Kept, [f"kept/{rank}" for rank in left], deadline)
-        )
+        await company.tell(f"kept/{self._rank}", kept)
+        tick, step = self._choose(await company.all("kept", Kept, left))
         try:
             for part in self._parts:
                 await asyncio.to_thread(part.store, tick, step)
             stored = Stored()
         except (MnemoError, OSError) as error:
             stored = Stored(str(error))
-        await self._said.put(f"stored/{self._rank}", stored)
-        for each in await self._all(Stored, [f"stored/{rank}" for rank in left], deadline):
+        await company.tell(f"stored/{self._rank}", stored)
+        for each in await company.all("stored", Stored, left):
             if each.failure:
                 raise SalvageError(each.failure)
         persist = self._parts[0].looked.persist
         assert persist is not None
         return Salvaged(step, persist.url)
-
-    async def _all(self, kind: type[_T], keys: list[str], deadline: float) -> list[_T]:
-        """Wait for the records of all who are left.
-
-        Raises:
-            SalvageError: One does not come.
-        """
-        while True:
-            found = {key: await self._said.read(key, kind) for key in keys}
-            records = [record for record in found.values() if record is not None]
-            if len(records) == len(keys):
-                return records
-            if asyncio.get_running_loop().time() > deadline:
-                missing = ", ".join(key for key, record in found.items() if record is None)
-                raise SalvageError(f"nothing was heard of {missing} within {_PATIENCE_S:g} s")
-            await asyncio.sleep(_POLL_S)
 
     def _choose(self, kept: list[Kept]) -> tuple[int, int]:
         """Tick and step of the newest generation that all nodes have.
@@ -171,11 +162,14 @@ class Salvage:
             SalvageError: It cannot be stored, or not be rebuilt.
             MnemoError: Or a snapshot process does not do its part.
         """
-        client = lifecycle.find(self._paths)
+        client = lifecycle.find(self._paths, _FIND_S)
         if client is None:
-            raise SalvageError(f"node {self._address(self._rank)} has no snapshot process")
+            raise SalvageError(
+                f"node {self._address(self._rank)} has no snapshot process that answers"
+            )
         own = _Part([client])
         self._parts.append(own)
+        own.look()
         persist, protect = own.looked.persist, own.looked.protect
         if persist is None:
             raise SalvageError("persist.to is not set")
@@ -226,7 +220,7 @@ class _Part:
     """One node's part of the run, at the snapshot process that has it."""
 
     def __init__(self, clients: list[SmpClient], *, alien: bool = False) -> None:
-        """Look what it is.
+        """Known from now on, so that it can be hung up.
 
         Args:
             clients: Connections to the process.
@@ -234,7 +228,8 @@ class _Part:
         """
         self._clients = clients
         self._alien = alien
-        self.looked = self.look()
+        self.looked: m.Looked
+        """What it kept when it was looked at last."""
 
     def look(self) -> m.Looked:
         """What it keeps now."""
@@ -252,9 +247,18 @@ class _Part:
         if flushed.step != step:
             raise SalvageError(f"step {step} could not be stored: {flushed.failure}")
 
+    def hang_up(self) -> None:
+        """Have whoever waits for an answer get none."""
+        for client in self._clients:
+            client.hang_up()
+
     def close(self) -> None:
-        """Hang up, and end the process where it was started for this."""
+        """Hang up, and end the process where it was started for this.
+
+        One that does not listen any more ends by itself, since nobody is connected to it.
+        """
         if self._alien:
-            self._clients[0].tell(m.Shutdown(force=True))
+            with contextlib.suppress(MnemoError, OSError):
+                self._clients[0].tell(m.Shutdown(force=True), timeout_s=_FAREWELL_S)
         for client in self._clients:
             client.close()

@@ -1,0 +1,154 @@
+"""Agents that store what is left: they wait for each other, and end when asked to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from mnemo.errors import SalvageError, StoreLostError
+from mnemo.launcher import company
+from mnemo.launcher.company import Company
+from mnemo.launcher.salvage import Salvage
+from mnemo.membership import Epoch, Member
+from mnemo.membership.records import Ballot
+from mnemo.smp import lifecycle
+from mnemo.smp.paths import RunPaths
+from mnemo.transport.local import ConnectionLostError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mnemo.launcher.said import Said
+
+
+class Word(msgspec.Struct, frozen=True, array_like=True):
+    """Something to say."""
+
+    text: str = ""
+
+
+class Records:
+    """`Said` in memory, whose Store answers as long as it is ``there``."""
+
+    def __init__(self) -> None:
+        self.there = True
+        self._found: dict[str, msgspec.Struct] = {}
+
+    async def put(self, key: str, record: msgspec.Struct) -> None:
+        self._look()
+        self._found.setdefault(key, record)
+
+    async def read(self, key: str, kind: type[Any]) -> Any:
+        self._look()
+        return self._found.get(key)
+
+    def _look(self) -> None:
+        if not self.there:
+            raise StoreLostError("no answer")
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(company, "_POLL_S", 0.01)
+    monkeypatch.setattr(company, "_BEAT_S", 0.02)
+    monkeypatch.setattr(company, "_SILENCE_S", 0.4)
+    monkeypatch.setattr(company, "_COMES_S", 0.8)
+
+
+def of(said: Records, rank: int, patience_s: float = 60.0) -> Company:
+    given: Said = said  # type: ignore[assignment]
+    return Company(given, ("node-a", "node-b"), rank, patience_s=patience_s)
+
+
+def test_one_that_lives_is_waited_for_and_one_that_was_lost_is_not() -> None:
+    async def other(said: Records) -> None:
+        async with of(said, 1).living():
+            await asyncio.sleep(1.5)  # longer than a silence, and than a coming
+            await of(said, 1).tell("kept/1", Word("mine"))
+
+    async def run() -> None:
+        said = Records()
+        lives = asyncio.create_task(other(said))
+        one = of(said, 0)
+        assert await one.all("kept", Word, [1]) == [Word("mine")]
+        await lives
+        with pytest.raises(SalvageError, match="node node-b is lost, too"):
+            await asyncio.wait_for(one.all("stored", Word, [1]), 10)
+
+    asyncio.run(run())
+
+
+def test_one_that_does_not_come_or_takes_too_long_is_not_waited_for() -> None:
+    async def run() -> None:
+        said = Records()
+        with pytest.raises(SalvageError, match="node node-b is lost, too"):
+            await asyncio.wait_for(of(said, 0).all("kept", Word, [1]), 10)
+        with pytest.raises(SalvageError, match="who is left"):
+            await asyncio.wait_for(of(said, 0).first("there", Word), 10)
+        async with of(said, 1).living():
+            with pytest.raises(SalvageError, match=r"node-b is not through after 0\.1 s"):
+                await asyncio.wait_for(of(said, 0, 0.1).all("kept", Word, [1]), 10)
+
+    asyncio.run(run())
+
+
+def test_a_store_may_be_silent_for_a_while_only() -> None:
+    async def run() -> None:
+        said = Records()
+        one = of(said, 0)
+        said.there = False
+        telling = asyncio.create_task(one.tell("kept/0", Word("mine")))
+        await asyncio.sleep(0.1)
+        said.there = True
+        await telling
+        assert await one.all("kept", Word, [0]) == [Word("mine")]
+        said.there = False
+        with pytest.raises(StoreLostError):
+            await asyncio.wait_for(one.all("kept", Word, [0]), 10)
+
+    asyncio.run(run())
+
+
+class Silent:
+    """A connection to a snapshot process that gives no answer."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._ended = threading.Event()
+
+    def ask(self, *_: object, **__: object) -> None:
+        self.asked.set()
+        assert self._ended.wait(60)
+        raise ConnectionLostError("hung up")
+
+    def hang_up(self) -> None:
+        self._ended.set()
+
+    def close(self) -> None:
+        """As closing a socket: whoever waits there goes on waiting."""
+
+
+@pytest.mark.timeout(30)
+def test_who_is_asked_to_end_does_though_the_snapshot_process_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Silent()
+    monkeypatch.setattr(lifecycle, "find", lambda *_: client)
+    epoch = Epoch(1, Ballot(0, ""), 1, (Member("a", "0"), Member("b", "0")))
+    said: Any = Records()
+
+    async def run() -> None:
+        salvage = Salvage(RunPaths.of("run", tmp_path), epoch, 0, said)
+        storing = asyncio.create_task(salvage.run((0,)))
+        await asyncio.to_thread(client.asked.wait)
+        storing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await storing
+
+    asyncio.run(run())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("asyncio")]
