@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SCRIPTS = Path(__file__).parent / "scripts"
 RUN = "cluster"
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 def until(what: str, ready: Callable[[], object]) -> None:

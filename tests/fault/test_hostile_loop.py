@@ -155,7 +155,7 @@ def test_never_resuming_does_not_mean_the_restarts_of_a_launch(live: Live, tmp_p
         [*MNEMO, "run", "run.id=hard", "run.resume=never", "--no-python", "sh", str(script)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

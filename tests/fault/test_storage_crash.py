@@ -53,7 +53,7 @@ print(count)
 
 def run_writer(url: Path, at: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WRITER, str(url), str(at)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
 
 
 def unfinished(place: Place) -> None:

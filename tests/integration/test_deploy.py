@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 DEPLOY: Final = Path(__file__).parents[2] / "examples" / "deploy"
 SBATCH: Final = DEPLOY / "slurm.sbatch"
-PATIENCE_S: Final = 60.0
+PATIENCE_S: Final = 180.0
 STEPS: Final = 200
 
 SRUN: Final = """

@@ -384,7 +384,7 @@ def test_a_crash_loop_ends_early_and_names_the_batch(tmp_path: Path) -> None:
         [sys.executable, "-c", LOOP, tmp_path],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=True,
     )
     said = ended.stdout.partition("LOOP ")[2]

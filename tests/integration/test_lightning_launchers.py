@@ -35,7 +35,7 @@ def start(out: Path, *command: str, **environ: str) -> subprocess.CompletedProce
         cwd=out,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
 

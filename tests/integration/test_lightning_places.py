@@ -40,7 +40,7 @@ def start(out: Path, code: str, *words: str, **environ: str) -> subprocess.Compl
         cwd=out,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
 

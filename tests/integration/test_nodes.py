@@ -256,7 +256,7 @@ def test_sigterm_on_all_nodes_in_a_validation_loses_nothing(
     assert stopped.outcome() == undisturbed.outcome()
 
 
-@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("node", [pytest.param(0, marks=pytest.mark.campaign), 1])
 def test_sigterm_on_one_node_stops_all_at_the_same_step(
     cluster: Callable[..., Cluster], node: int
 ) -> None:
@@ -356,7 +356,13 @@ def test_nothing_is_given_up_while_other_nodes_cannot_be_reached(
     assert "resumed from memory at step" in lines(made.run())
 
 
-@pytest.mark.parametrize("skews", [(0, -86_400), (86_400, 0)], ids=["behind", "ahead"])
+@pytest.mark.parametrize(
+    "skews",
+    [
+        pytest.param((0, -86_400), id="behind", marks=pytest.mark.campaign),
+        pytest.param((86_400, 0), id="ahead"),
+    ],
+)
 def test_clocks_that_differ_by_a_day_change_nothing(
     cluster: Callable[..., Cluster], skews: tuple[int, int]
 ) -> None:

@@ -93,7 +93,9 @@ async def all_come_back(nodes: list[lab.Node], tick: int, lost: list[int]) -> No
 
 
 @pytest.mark.parametrize("frozen", [0, 0.5, 0.9, 1])
-@pytest.mark.parametrize(("number", "parities"), [(4, 1), (4, 2), (8, 2)])
+@pytest.mark.parametrize(
+    ("number", "parities"), [(4, 1), (4, 2), pytest.param(8, 2, marks=pytest.mark.campaign)]
+)
 def test_what_did_not_change_is_not_sent(
     number: int, parities: int, frozen: float, seed: int
 ) -> None:

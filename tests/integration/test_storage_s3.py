@@ -146,7 +146,7 @@ def test_a_writer_killed_in_mid_write(place: Place, size: int) -> None:
     write(store, 10)
     arguments = [place.url, json.dumps(place.options), str(size)]
     killed = subprocess.run(
-        [sys.executable, "-c", WRITER, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", WRITER, *arguments], capture_output=True, text=True, timeout=180
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [name for name in place.names() if "20" in name] == [f"step-{20:012d}/a.bin"]

@@ -183,7 +183,7 @@ def inner(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         env={k: v for k, v in os.environ.items() if k != "MNEMO_TEST_SEED"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     try:
