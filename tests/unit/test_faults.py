@@ -67,7 +67,7 @@ def test_a_hook_costs_next_to_nothing_when_nothing_is_declared() -> None:
         return min(timeit.repeat(function, number=20_000, repeat=25))
 
     ratio = fastest(lambda: faults.reach("forward", step=1)) / fastest(lambda: None)
-    assert ratio < 4, f"{ratio:.1f} times a call of nothing"
+    assert ratio < 8, f"{ratio:.1f} times a call of nothing"
 
 
 @pytest.mark.parametrize(
