@@ -94,6 +94,7 @@ def test_what_is_left_cannot_be_stored(tmp_path: Path) -> None:
             assert job.codes(*net.hosts[:2]) == [EXIT_STATE_SAVED] * 2
             for host in net.hosts[:2]:
                 assert "what is left is not stored: step" in job.said(host)
+                assert "the state is saved" not in job.said(host)
                 assert "stays in memory: start again" in job.said(host)
 
 

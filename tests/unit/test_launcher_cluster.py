@@ -12,11 +12,14 @@ from mnemo.errors import LaunchError
 from mnemo.launcher.c10d import C10dStores
 from mnemo.launcher.cluster import Cluster
 from mnemo.launcher.rendezvous import Nodes
+from mnemo.launcher.restarts import Ended
+from mnemo.launcher.salvage import Salvage, Salvaged
 from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Report
 from mnemo.membership import Member, Rules
 from mnemo.membership.store import Add, CompareSet, Get, Set
 from mnemo.smp.paths import RunPaths
+from mnemo.types import EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,22 +61,37 @@ class Memory:
     async def warm_up(self) -> None:
         """Nothing."""
 
+    async def forget(self, *_: object) -> None:
+        """Nothing."""
+
     async def close(self) -> None:
         """Nothing."""
 
 
-def agent(directory: Path, name: str, stores: Stores, said: list[str], **rules: float) -> Cluster:
+QUICK: dict[str, float] = {
+    "beat_s": 0.05,
+    "fence_s": 0.5,
+    "stop_s": 0.1,
+    "node_loss_s": 1.0,
+    "move_s": 1.0,
+    "open_s": 0.3,
+}
+
+
+def agent(
+    directory: Path, name: str, stores: Stores, said: list[str], nodes: int = 2, **rules: float
+) -> Cluster:
     paths = RunPaths.of("run", directory / name)
     paths.make()
     return Cluster(
         Member(name, "0", address=name, store=f"{name}:1"),
         ("127.0.0.1:1",),
-        Nodes(2),
-        rules=Rules(nodes=2, **rules),  # type: ignore[arg-type]
+        Nodes(nodes),
+        rules=Rules(nodes=nodes, **rules),  # type: ignore[arg-type]
         seal=SEAL,
         stores=stores,  # type: ignore[arg-type]
         paths=paths,
-        saves=False,
+        saves=True,
         say=said.append,
     )
 
@@ -103,7 +121,7 @@ def test_the_operators_word_of_a_node_that_lives_is_not_taken(tmp_path: Path) ->
 
     async def run() -> None:
         stores, said = Memory(), list[str]()
-        one, other = (agent(tmp_path, name, stores, said, beat_s=0.05) for name in "ab")
+        one, other = (agent(tmp_path, name, stores, said, **QUICK) for name in "ab")
         for _ in range(2):
             seats = await asyncio.gather(one.take_seat(1), other.take_seat(1))
             assert all(isinstance(seat, Seat) for seat in seats)
@@ -112,4 +130,43 @@ def test_the_operators_word_of_a_node_that_lives_is_not_taken(tmp_path: Path) ->
         await asyncio.gather(one.close(), other.close())
         assert "that b is lost was said before this node waited for it: not taken" in said
 
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "not stored"])
+def test_what_the_end_says_where_nobody_takes_a_lost_nodes_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    """Who has come, though it was not enough, ends as well then."""
+
+    async def store(*_: object) -> Salvaged:
+        return Salvaged(5, "url")
+
+    async def run() -> None:
+        stores, said = Memory(), list[str]()
+
+        def make(name: str, give_up_s: float) -> Cluster:
+            rules = {**QUICK, "give_up_s": give_up_s, "arbiter": True}
+            return agent(tmp_path, name, stores, said, 3, **rules)
+
+        one, *others = (make(name, 3.0) for name in "abc")
+        await asyncio.gather(*(each.take_seat(1) for each in (one, *others)))
+        for other in others:  # as if they were dead: they are not heard of any more
+            await other.close()
+        late = make("d", 60.0)
+        waiting = asyncio.create_task(late.take_seat(1))
+        ended = await one.take_seat(1)
+        assert isinstance(ended, Ended)
+        assert ended.code == EXIT_STATE_SAVED
+        assert ("in the memory of these nodes alone" in ended.words) != stored
+        assert ("step 5 of all ranks is in url" in said) == stored
+        assert any("has no snapshot process" in line for line in said) != stored
+        if stored:
+            assert await asyncio.wait_for(waiting, 20) == Ended(EXIT_STATE_SAVED)
+        else:
+            waiting.cancel()
+        await asyncio.gather(late.close(), one.close())
+
+    if stored:
+        monkeypatch.setattr(Salvage, "run", store)
     asyncio.run(run())

@@ -26,7 +26,7 @@ from mnemo.launcher.team import Alone, Report, Team
 from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Mapping
 
     from mnemo.launcher.options import LaunchOptions
     from mnemo.launcher.output import Terminal
@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 
 _ASKED_TO_END: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-_LAST_WORDS: Final = {
+_LAST_WORDS: Final[Mapping[int, str]] = {
     EXIT_STATE_SAVED: "the state is saved; queue the job again to go on",
     EXIT_STATE_LOST: "the job cannot go on, and its newest state is lost",
 }
@@ -82,6 +82,8 @@ class Agent:
         self._changed = asyncio.Event()
         self._stopped_by: int | None = None
         self._hurry = False
+        self._words = ""
+        """What the exit code means, where others have ended the job."""
 
     def run(self) -> int:
         """Run the job to its end; call it from the main thread, once.
@@ -123,8 +125,8 @@ class Agent:
         self.exit_code = code
         if not taken:
             self._journal.write("end", code=code)
-        if code in _LAST_WORDS:
-            self._terminal.say(f"{_LAST_WORDS[code]} (exit code {code})")
+        if words := self._words or _LAST_WORDS.get(code):
+            self._terminal.say(f"{words} (exit code {code})")
         return code
 
     def _announce(self) -> None:
@@ -153,8 +155,11 @@ class Agent:
         patience_s = 0.0
         try:
             seat = await self._unless_stopped(self._team.take_seat(life.port))
-            if not isinstance(seat, Seat):
-                return seat.code if seat else None
+            if isinstance(seat, Ended):
+                self._words = seat.words
+                return seat.code
+            if seat is None:
+                return None
             self._seat = seat
             self._take_note(life, seat)
             self._start(life, seat)

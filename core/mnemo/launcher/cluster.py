@@ -46,6 +46,10 @@ _HEARSAY_S: Final = 0.5
 """How long it may take until what failed elsewhere is known here."""
 _SILENCE_S: Final = 5.0
 """A wait that takes longer is explained."""
+_ONLY_IN_MEMORY: Final = (
+    "what is newer than the last checkpoint is in the memory of these nodes alone: start the job "
+    "again here within snapshot.keep_alive to go on from there"
+)
 _LOST_PEER: Final = re.compile(
     r"[Cc]onnection (was )?(reset|refused|closed)|[Bb]roken pipe|[Tt]imed out|NCCL|gloo"
 )
@@ -241,9 +245,12 @@ class Cluster:
             try:
                 found = await self._store_what_is_left(epoch)
                 self._say(f"step {found.step} of all ranks is in {found.url}")
+                with contextlib.suppress(StoreLostError):  # whoever comes now comes too late
+                    await self._said.put(f"over/{epoch.number}", End(EXIT_STATE_SAVED))
+                return Ended(EXIT_STATE_SAVED)
             except MnemoError as error:
                 self._say(f"what is left is not stored: {error}")
-        return Ended(EXIT_STATE_SAVED)
+        return Ended(EXIT_STATE_SAVED, _ONLY_IN_MEMORY)
 
     async def _store_what_is_left(self, epoch: Epoch) -> Salvaged:
         """See `Salvage`.

@@ -37,9 +37,15 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The job is over, with this exit code."""
+    """The job is over.
+
+    Attributes:
+        code: Its exit code.
+        words: What that means here; empty for what it always means.
+    """
 
     code: int
+    words: str = ""
 
 
 @dataclass(frozen=True, slots=True)
