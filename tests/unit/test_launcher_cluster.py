@@ -116,6 +116,22 @@ def test_too_few_nodes_are_counted(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_node_that_wants_another_number_of_nodes_is_refused(tmp_path: Path) -> None:
+    async def run() -> None:
+        stores, said = Memory(), list[str]()
+        one = agent(tmp_path, "a", stores, said, 2, **QUICK)
+        taking = asyncio.create_task(one.take_seat(1))
+        await asyncio.sleep(0.5)  # it is the first, and so decides
+        other = agent(tmp_path, "b", stores, said, 3, **QUICK)
+        with pytest.raises(LaunchError, match="--nnodes=3, but the others run with 2 nodes"):
+            await asyncio.wait_for(other.take_seat(1), 20)
+        await other.close()
+        taking.cancel()
+        await one.close()
+
+    asyncio.run(run())
+
+
 def test_the_operators_word_of_a_node_that_lives_is_not_taken(tmp_path: Path) -> None:
     """It was given while nobody waited; then a rank fails, and all nodes go on."""
 

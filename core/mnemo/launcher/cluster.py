@@ -162,6 +162,11 @@ class Cluster:
             epoch = await self._next_epoch()
             if isinstance(epoch, Ended):
                 return epoch
+            if len(epoch.members) != self._nodes.count:
+                raise LaunchError(
+                    f"--nnodes={self._nodes}, but the others run with {len(epoch.members)} nodes: "
+                    "use the same on all nodes"
+                )
             self._idle.clear()
             me = epoch.rank_of(self._me.key)
             assert me is not None
