@@ -32,12 +32,16 @@
     ├── MembershipError                   which nodes belong to the run could not be agreed on
     │   ├── StoreLostError (ConnectionError)  a Store did not answer in time
     │   └── MembershipRecordError         a Store holds what this run did not write
+    ├── CommError (RuntimeError)          what was asked of a process group cannot be done
+    │   └── GroupBrokenError              a member is gone; no collective of the group ends any more
     ├── LaunchError                       ``mnemo run`` cannot start or go on
     │   └── CrashLoopError                the same batch fails again and again
     └── FaultNotFiredError (AssertionError)  an injected fault never happened
 
 A message says what happened, the value, and what to do.
 """
+
+from __future__ import annotations
 
 
 class MnemoError(Exception):
@@ -171,6 +175,31 @@ class StoreLostError(MembershipError, ConnectionError):
 
 class MembershipRecordError(MembershipError):
     """A record in the Store was not made with the run's secret, or not for where it stands."""
+
+
+class CommError(MnemoError, RuntimeError):
+    """What was asked of a process group of mnemo's cannot be done."""
+
+
+class GroupBrokenError(CommError):
+    """A member of a process group is gone, or a link to it. Nothing of it ends until it is rebuilt.
+
+    Args:
+        group: Its name and ranks.
+        why: What happened, as far as this process knows.
+    """
+
+    def __init__(self, group: str, why: str) -> None:
+        super().__init__(group, why)
+        self.group = group
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"process group {self.group} is broken: {self.why}"
+
+    def again(self) -> GroupBrokenError:
+        """The same to be raised once more, without the frames of the last time."""
+        return GroupBrokenError(self.group, self.why)
 
 
 class LaunchError(MnemoError):

@@ -23,6 +23,7 @@ PUBLIC: dict[str, set[str]] = {
     "mnemo": {"Session", "__version__", "errors"},
     "mnemo.cli": {"app", "main"},
     "mnemo.clock": {"Clock", "SystemClock"},
+    "mnemo.comm": {"Changes", "Group", "check", "links", "mark_broken", "reconfigure"},
     "mnemo.config": {
         "CONFIG_VARIABLE",
         "MnemoConfig",
@@ -47,6 +48,7 @@ PUBLIC: dict[str, set[str]] = {
     "mnemo.errors": {
         "AuthenticationError",
         "CodeError",
+        "CommError",
         "ConfigError",
         "CrashLoopError",
         "EngineError",
@@ -54,6 +56,7 @@ PUBLIC: dict[str, set[str]] = {
         "FaultNotFiredError",
         "FragmentError",
         "FrameError",
+        "GroupBrokenError",
         "HostMemoryError",
         "IdentityError",
         "IntegrityError",

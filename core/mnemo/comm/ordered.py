@@ -1,0 +1,142 @@
+"""Reductions of floating-point numbers that do not depend on how gradients lie in buckets.
+
+gloo's ring adds the ranks' numbers in an order that depends on the place in the tensor, so a
+changed bucket layout changes the last bits. Here each number is reduced in the order of ranks,
+wherever it lies: every rank gets one part of the tensor from all others, reduces it, and gives it
+back. That moves the ring's bytes. What is commutative and has two members needs none of it, and
+gloo's own is used, as for whole numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mnemo.comm.c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    BroadcastOptions,
+    GatherOptions,
+    ReduceOp,
+)
+from mnemo.comm.gloo import ended
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mnemo.comm.c10d import Gloo
+
+    Pairwise = Callable[..., torch.Tensor]
+
+SMALL_BYTES = 32 << 10
+"""Up to here, all give all everything: one round instead of two."""
+
+_PAIRWISE: dict[Any, Pairwise] = {
+    ReduceOp.SUM: torch.add,
+    ReduceOp.AVG: torch.add,
+    ReduceOp.PRODUCT: torch.mul,
+    ReduceOp.MIN: torch.minimum,
+    ReduceOp.MAX: torch.maximum,
+}
+
+
+def applies(tensor: torch.Tensor, op: Any) -> bool:
+    """Whether the order matters for these numbers, and the operation is one of those here."""
+    floating = tensor.is_floating_point() and tensor.layout == torch.strided
+    return floating and ReduceOp.RedOpType(_kind(op)) in _PAIRWISE
+
+
+def allreduce(gloo: Gloo, tensor: torch.Tensor, op: Any, scratch: Scratch) -> None:
+    """Reduce ``tensor`` in place, on all ranks."""
+    flat, kind, size = flattened(tensor), _kind(op), gloo.size()
+    if flat.numel() == 0 or size == 1:
+        return
+    if size == 2 and kind in (ReduceOp.SUM, ReduceOp.AVG, ReduceOp.PRODUCT):
+        options = AllreduceOptions()
+        options.reduceOp = ReduceOp.PRODUCT if kind == ReduceOp.PRODUCT else ReduceOp.SUM
+        ended(gloo.allreduce([flat], options))
+        if kind == ReduceOp.AVG:
+            flat.div_(size)
+    elif flat.nbytes <= SMALL_BYTES:
+        everything = scratch.like(flat, size * flat.numel())
+        ended(gloo._allgather_base(everything, flat, AllgatherOptions()))
+        flat.copy_(_reduced(everything.view(size, -1), kind))
+    else:
+        _allreduce_in_parts(gloo, flat, kind, scratch)
+
+
+def _allreduce_in_parts(gloo: Gloo, flat: torch.Tensor, kind: Any, scratch: Scratch) -> None:
+    size = gloo.size()
+    part = flat.numel() // size
+    parts = [part] * (size - 1) + [flat.numel() - part * (size - 1)]
+    mine = parts[gloo.rank()]
+    received = scratch.like(flat, size * mine)
+    ended(gloo.alltoall_base(received, flat, [mine] * size, parts, AllToAllOptions()))
+    reduced = _reduced(received.view(size, mine), kind)
+    ended(gloo._allgather_base(flat[: part * size], reduced[:part], AllgatherOptions()))
+    if parts[-1] > part:  # the last rank has the rest of the division
+        rest = flat[part * size :]
+        if gloo.rank() == size - 1:
+            rest.copy_(reduced[part:])
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = size - 1, 0
+        ended(gloo.broadcast([rest], options))
+
+
+def reduce_scatter(
+    gloo: Gloo, output: torch.Tensor, parts: torch.Tensor, op: Any, scratch: Scratch
+) -> None:
+    """Reduce each part, as long as ``output``, for the rank of its place."""
+    received = scratch.like(output, parts.numel())
+    ended(gloo.alltoall_base(received, parts.view(-1), [], [], AllToAllOptions()))
+    output.copy_(_reduced(received.view(gloo.size(), -1), _kind(op)).view_as(output))
+
+
+def reduce(gloo: Gloo, tensor: torch.Tensor, op: Any, root: int) -> None:
+    """Reduce ``tensor`` on ``root``; elsewhere it stays as it is."""
+    options = GatherOptions()
+    options.rootRank = root
+    if gloo.rank() != root:
+        ended(gloo.gather([], [tensor], options))
+        return
+    gathered = tensor.new_empty((gloo.size(), *tensor.shape))
+    ended(gloo.gather([list(gathered)], [tensor], options))
+    tensor.copy_(_reduced(gathered, _kind(op)))
+
+
+def _reduced(rows: torch.Tensor, kind: Any) -> torch.Tensor:
+    """Reduce to the first row, in place."""
+    pairwise = _PAIRWISE[ReduceOp.RedOpType(kind)]
+    total = rows[0]
+    for row in rows[1:]:
+        pairwise(total, row, out=total)
+    if kind == ReduceOp.AVG:
+        total.div_(len(rows))
+    return total
+
+
+def flattened(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's memory in one dimension; a copy only if it has gaps."""
+    if torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.reshape(-1)
+
+
+def _kind(op: Any) -> Any:
+    return op.op if isinstance(op, ReduceOp) else op
+
+
+class Scratch:
+    """Memory that is used again by the next reduction; new memory costs a page fault each 4 KiB."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def like(self, tensor: torch.Tensor, numel: int) -> torch.Tensor:
+        """``numel`` numbers of the tensor's kind, with any values."""
+        size = numel * tensor.element_size()
+        if self._bytes.numel() < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(tensor.dtype)
