@@ -79,7 +79,7 @@ QUICK: dict[str, float] = {
 
 
 def agent(
-    directory: Path, name: str, stores: Stores, said: list[str], nodes: int = 2, **rules: float
+    directory: Path, name: str, stores: Stores, said: list[str], nodes: int = 2, /, **rules: float
 ) -> Cluster:
     paths = RunPaths.of("run", directory / name)
     paths.make()
