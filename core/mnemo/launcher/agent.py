@@ -233,7 +233,7 @@ class Agent:
                 deadline, asked = now + self._options.grace_s, True
             elif life.exits:
                 deadline = min(deadline, now + self._options.grace_s)
-            if now >= deadline and self._is_only_slow(life):
+            if now >= deadline and await self._is_only_slow(life):
                 deadline = now + self._options.grace_s
             verdict = judge(
                 life.exits,
@@ -251,10 +251,13 @@ class Agent:
             if timer:
                 timer.cancel()
 
-    def _is_only_slow(self, life: Life) -> bool:
+    async def _is_only_slow(self, life: Life) -> bool:
         """Some ranks have ended well, and nothing says that the others train without them."""
         done = self._stopped_by is None and all(code == EXIT_OK for code in life.exits.values())
-        return done and not self._hurry and not self._hooks.training()
+        if not done or self._hurry:
+            return False
+        # In a thread: who is asked may hang, and ranks must be fenced off in time all the same.
+        return not await asyncio.to_thread(self._hooks.training)
 
     def _exited(self, worker: Worker, code: int) -> None:
         life = self._life

@@ -22,6 +22,7 @@ from mnemo.errors import (
     StoreLostError,
 )
 from mnemo.launcher import rendezvous
+from mnemo.launcher.operator import Operator
 from mnemo.launcher.restarts import Ended, Position
 from mnemo.launcher.said import Said
 from mnemo.launcher.salvage import Salvage, Salvaged
@@ -109,6 +110,7 @@ class Cluster:
         self._machine = Machine(me, seal, rules, places, SystemClock().monotonic())
         self._driver = Driver(self._machine, stores, self, rules)
         self._said = Said(stores, self._machine, seal)
+        self._operator = Operator(paths, self._machine, rules, say)
         self._driving: asyncio.Task[None] | None = None
         self._epoch: Epoch | None = None
         """Of the seat that was taken last."""
@@ -208,8 +210,7 @@ class Cluster:
         assert self._driving is not None
         loop = asyncio.get_running_loop()
         said, begun = "", loop.time()
-        for name in self._operators_word():  # of a wait that is over, or that was never begun
-            self._say(f"that {name} is lost was said before this node waited for it: not taken")
+        self._operator.drop_early_words()
         while self._granted is None or self._granted is self._epoch:
             self._change.clear()
             changed = asyncio.ensure_future(self._change.wait())
@@ -224,11 +225,10 @@ class Cluster:
                 return await self._give_up()
             if (end := await self._end_of_job()) is not None:
                 return end
-            if self._machine.is_stuck:
-                self._hear_operator()
+            self._operator.hear()
             why = self._machine.waits_for
             if loop.time() - begun > _SILENCE_S and why and why != said:
-                self._say(f"waiting: {why}{self._advice()}")
+                self._say(f"waiting: {why}{self._operator.advice}")
                 said = why
         return self._granted
 
@@ -286,41 +286,6 @@ class Cluster:
             if end is not None and epoch.number != self._earlier:
                 return Ended(end.code or 0)
         return None
-
-    def _operators_word(self) -> list[str]:
-        """Take what ``mnemo confirm-lost`` has left."""
-        try:
-            names = self._paths.verdicts.read_text().splitlines()
-            self._paths.verdicts.unlink()
-        except FileNotFoundError:
-            return []
-        return names
-
-    def _hear_operator(self) -> None:
-        """Nodes that the operator vouches for are lost, unless they are heard of."""
-        members = self._machine.committed.members if self._machine.committed else ()
-        for name in self._operators_word():
-            found = [m for m in members if name in (m.address, m.node)]
-            living = [m for m in found if m.key in {self._me.key, *self._machine.present}]
-            if not found:
-                known = ", ".join(member.address for member in members)
-                self._say(f"{name} is none of {known}")
-            elif living:
-                self._say(f"{name} is not lost: its agent answers")
-            else:
-                self._say(f"{name} is lost, says the operator")
-                for member in found:
-                    self._machine.confirm_lost(member.key)
-
-    def _advice(self) -> str:
-        """What an operator can do where too few members are left to decide by themselves."""
-        if self._rules.arbiter or self._machine.committed is None or not self._machine.is_stuck:
-            return ""
-        others = [m.address for m in self._machine.committed.members if m.key != self._me.key]
-        return (
-            f" (the others are {', '.join(others)}). If some are surely dead: mnemo confirm-lost "
-            f"ADDRESS… --run {self._paths.run_id}"
-        )
 
     async def _await_port(self, epoch: Epoch) -> Port | None:
         while self._granted is epoch:

@@ -77,7 +77,8 @@ def meeting_point(backend: str, endpoint: str, addr: str, port: int | None) -> s
 def endpoints(text: str, default_port: int) -> tuple[str, ...]:
     """The places that ``--rdzv-endpoint`` names: ``HOST[:PORT]``, several with commas between.
 
-    A host that is not known keeps its place, by name: it may be one that was lost.
+    A host that is not known keeps its place, by name: it may be one that was lost. They come in an
+    order of their own, so that all nodes begin at the same one.
 
     Args:
         text: What it is.
@@ -88,7 +89,7 @@ def endpoints(text: str, default_port: int) -> tuple[str, ...]:
     """
     found = []
     unknown: list[str] = []
-    for word in filter(None, (part.strip() for part in text.split(","))):
+    for word in sorted(filter(None, (part.strip() for part in text.split(",")))):
         match = _ENDPOINT.fullmatch(word)
         port = int(match["port"] or default_port) if match else 0
         if match is None or not 0 < port < 1 << 16:
