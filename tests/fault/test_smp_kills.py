@@ -192,10 +192,11 @@ from mnemo.smp.paths import RunPaths
 rank = Rank.join(RunPaths(Path(sys.argv[1])))
 newest = rank.newest()
 tick = newest[0] if newest else 0
-if os.fork() == 0:  # as a loader's worker: holds every socket and outlives its trainer
+child = os.fork()
+if child == 0:  # as a loader's worker: holds every socket and outlives its trainer
     os.setsid()
-    print(os.getpid(), flush=True)
     time.sleep(600)
+print(child, flush=True)
 while True:
     tick += 1
     rank.write(tick)

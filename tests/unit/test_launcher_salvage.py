@@ -150,5 +150,6 @@ def test_who_is_asked_to_end_does_though_the_snapshot_process_hangs(
         with contextlib.suppress(asyncio.CancelledError):
             await storing
 
+    before = set(threading.enumerate())
     asyncio.run(run())
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("asyncio")]
+    assert set(threading.enumerate()) == before
