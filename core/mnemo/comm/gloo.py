@@ -28,7 +28,7 @@ from mnemo.comm.work import Collective
 from mnemo.errors import CommError, GroupBrokenError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from datetime import timedelta
 
     from mnemo.comm.c10d import Store, Work
@@ -91,7 +91,9 @@ class GlooLinks:
         self._waiting: set[Collective] = set()
         self._lock = threading.Lock()
         self._broken: GroupBrokenError | None = None
-        self._thread = threading.Thread(target=self._serve, name="mnemo-comm", daemon=True)
+        self._turn = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._ready = 0
 
     def run(self, work: Collective, job: Job) -> None:
         """Have ``job`` run after all that were asked for before."""
@@ -102,7 +104,7 @@ class GlooLinks:
                 self._jobs.put((work, job))
         self._start()
         if broken is not None:
-            work.give_up(broken)
+            self._give_up([work], broken)
 
     def peer(self, ranks: Sequence[int]) -> Gloo:
         """The communicator, for messages with ``ranks``, which have all come.
@@ -141,31 +143,76 @@ class GlooLinks:
             self._jobs.put(None)
         self._start()
         sockets.sever(self._mine, set(self._theirs.values()))
-        for work in given_up:
-            work.give_up(why)
+        self._give_up(given_up, why)
 
     def close(self) -> None:
         """Wait until nothing of it is left, after `cut`."""
-        self._thread.join()
+        deadline = time.monotonic() + _CLOSED_WITHIN_S
+        for each in self._threads:
+            each.join(max(0.0, deadline - time.monotonic()))
 
     def _start(self) -> None:
+        """Have a thread that takes the next turn."""
         with self._lock:
-            if self._thread.ident is None:
-                self._thread.start()
+            if self._ready == 0:
+                self._ready += 1
+                thread = threading.Thread(target=self._serve, name="mnemo-comm", daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     def _serve(self) -> None:
-        while (asked := self._jobs.get()) is not None:
-            work, job = asked
-            try:
-                self._do(work, job)
-            except LinkError as error:
-                self._on_break(str(error))
-                if self._broken is not None:
-                    work.give_up(self._broken)
-            except Exception as error:  # noqa: BLE001 - the caller's mistake, said where it waits
-                work.refuse(error)
+        while True:
+            with self._turn:
+                asked = self._jobs.get()
+                if asked is None:
+                    self._destroy()
+                    self._jobs.put(None)
+                    return
+                work, job = asked
+                settle = self._do(work, job) and work.end()
+                if settle:  # hooks of users' run in there, and may wait for what is asked later
+                    with self._lock:
+                        self._ready -= 1
+            if settle:
+                self._start()
+                work.settle()
+                with self._lock:
+                    self._ready += 1
             del asked, work, job
-        # gloo aborts the process if it is destroyed while it notices that its sockets were shut.
+
+    def _do(self, work: Collective, job: Job) -> bool:
+        """Run it; whether its end is not told yet, as it is if it was given up before it began."""
+        begun = False
+        try:
+            gloo = self._gloo
+            assert gloo is not None
+            if len(self._theirs) < self._size:
+                self._connect(gloo)
+            with self._lock:
+                begun = work in self._waiting
+                self._waiting.discard(work)
+            if begun:
+                with torch.inference_mode():
+                    results = job(gloo)
+                work.whole(results)
+        except LinkError as error:
+            self._on_break(str(error))
+            assert self._broken is not None
+            if begun:
+                work.gave_up(self._broken)
+        except Exception as error:  # noqa: BLE001 - the caller's mistake, said where it waits
+            work.refused(error)
+        return begun
+
+    @staticmethod
+    def _give_up(works: Iterable[Collective], why: GroupBrokenError) -> None:
+        for work in works:
+            work.gave_up(why)
+            if work.end():
+                work.settle()
+
+    def _destroy(self) -> None:
+        """Let go of gloo, which ends the process if it is destroyed while it sees sockets end."""
         deadline = time.monotonic() + _CLOSED_WITHIN_S
         while self.sockets():
             if time.monotonic() > deadline:
@@ -173,19 +220,6 @@ class GlooLinks:
                 break
             time.sleep(_GLANCE_S)
         self._gloo = None
-
-    def _do(self, work: Collective, job: Job) -> None:
-        gloo = self._gloo
-        assert gloo is not None
-        if len(self._theirs) < self._size:
-            self._connect(gloo)
-        with self._lock:
-            if work not in self._waiting:
-                return  # given up meanwhile
-            self._waiting.remove(work)
-        with torch.inference_mode():
-            results = job(gloo)
-        work.finish(results)
 
     def _connect(self, gloo: Gloo) -> None:
         self._meet(range(self._size))
@@ -205,8 +239,9 @@ class GlooLinks:
             absent = [rank for rank, key in zip(missing, keys, strict=True) if key in late]
             msg = f"ranks {absent} of the group did not come within {self._timeout}"
             raise LinkError(msg)
-        for rank, said in zip(missing, self._store.multi_get(keys), strict=True):
-            self._theirs[rank] = sockets.Address(*json.loads(said))
+        places = [sockets.Address(*json.loads(said)) for said in self._store.multi_get(keys)]
+        # In one assignment: other threads look.
+        self._theirs = {**self._theirs, **dict(zip(missing, places, strict=True))}
 
 
 def _device() -> tuple[Any, sockets.Address]:

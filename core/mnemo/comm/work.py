@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 _FOREVER = timedelta(0)
 
 
+_hooks = threading.local()
+
+
 def in_backward() -> bool:
-    """Whether autograd's engine has called, so that nothing may be raised."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether autograd called, or awaits what this thread does, so that nothing may be raised."""
+    return torch._C._current_graph_task_id() != -1 or getattr(_hooks, "of_backward", False)
 
 
 def poison(tensors: Iterable[torch.Tensor]) -> None:
@@ -51,44 +54,50 @@ class Collective(Work):
         super().__init__()
         self._results = results
         self._written = written
-        self._grad = torch.is_grad_enabled()
+        self._grad, self._backward = torch.is_grad_enabled(), in_backward()
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._future: torch.futures.Future[Any] | None = None
         self._error: Exception | None = None
         self._broken: GroupBrokenError | None = None
 
-    def finish(self, results: list[Any] | None = None) -> None:
-        """It is whole; ``results`` are other tensors than the caller's, where gloo makes such."""
+    def whole(self, results: list[Any] | None = None) -> None:
+        """It is; ``results`` are other tensors than the caller's, where gloo makes such."""
         if results is not None:
             self._results = results
-        self._end()
 
-    def refuse(self, error: Exception) -> None:
+    def refused(self, error: Exception) -> None:
         """It was not begun, because it was called wrongly."""
         self._error = error
-        self._end()
 
-    def give_up(self, why: GroupBrokenError) -> None:
-        """It will not come to an end. No communicator has the tensors any more."""
+    def gave_up(self, why: GroupBrokenError) -> None:
+        """It will not be whole. No communicator has the tensors any more."""
         poison(self._written)
         self._broken = why
-        self._end()
 
-    def _end(self) -> None:
+    def end(self) -> bool:
+        """Let waiting callers go on, after one of the above.
+
+        Returns:
+            Whether `settle` is to follow.
+        """
         self._written = []
         with self._lock:
             self._done.set()
-        if self._future is not None:
-            self._settle(self._future)
+            return self._future is not None
 
-    def _settle(self, future: torch.futures.Future[Any]) -> None:
-        # As in the caller's thread: users' hooks run in here.
-        with torch.set_grad_enabled(self._grad):
-            if self._error is not None:
-                future.set_exception(self._error)  # type: ignore[arg-type]
-            else:
-                future.set_result(self._results)
+    def settle(self) -> None:
+        """Give the future its value; what users hang on it runs in here, and may wait for more."""
+        assert self._future is not None
+        before, _hooks.of_backward = getattr(_hooks, "of_backward", False), self._backward
+        try:
+            with torch.set_grad_enabled(self._grad):  # as in the caller's thread
+                if self._error is not None:
+                    self._future.set_exception(self._error)  # type: ignore[arg-type]
+                else:
+                    self._future.set_result(self._results)
+        finally:
+            _hooks.of_backward = before
 
     def wait(self, timeout: timedelta = _FOREVER) -> bool:
         """Wait for the end.
@@ -114,7 +123,7 @@ class Collective(Work):
             self._future = torch.futures.Future()
             done = self._done.is_set()
         if done:
-            self._settle(self._future)
+            self.settle()
         return self._future
 
     def is_completed(self) -> bool:
