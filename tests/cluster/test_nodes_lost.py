@@ -161,6 +161,7 @@ def listens(host: netns.Host, port: int) -> bool:
     return any(f":{port:04X} {'0' * 32}:0000 0A" in table.read_text() for table in tables)
 
 
+@pytest.mark.campaign
 def test_a_spare_that_is_not_needed_ends_with_the_job(tmp_path: Path) -> None:
     with netns.network(tmp_path, 3) as net:
         job = job_of(net, tmp_path / "job", "2:3", "1+1", 40)

@@ -38,7 +38,8 @@ def test_a_rank_dies_and_all_restart_until_that_was_too_often(tmp_path: Path) ->
             assert "ending with exit code 137" in job.said(here)
 
 
-@pytest.mark.parametrize("backend", ["c10d", pytest.param("etcd", marks=pytest.mark.campaign)])
+@pytest.mark.campaign
+@pytest.mark.parametrize("backend", ["c10d", "etcd"])
 def test_a_job_that_is_asked_to_end_is_saved_on_all_nodes_and_goes_on(
     tmp_path: Path, backend: str
 ) -> None:
