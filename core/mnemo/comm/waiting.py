@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from mnemo.comm.c10d import Store
 
-_FIRST_S, _LONGEST_S = 0.001, 0.05
+_FIRST_S, _LONGEST_S = 0.001, 0.008
 
 
 def wait_for(
