@@ -17,7 +17,6 @@ from mnemo.comm.c10d import (
     AllgatherOptions,
     AllreduceOptions,
     AllToAllOptions,
-    BroadcastOptions,
     GatherOptions,
     ReduceOp,
 )
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
 
 SMALL_BYTES = 32 << 10
 """Up to here, all give all everything: one round instead of two."""
+
+_TAG = 1 << 30
+"""Of messages between these; users' tags are small."""
 
 _PAIRWISE: dict[Any, Pairwise] = {
     ReduceOp.SUM: torch.add,
@@ -75,14 +77,14 @@ def _allreduce_in_parts(gloo: Gloo, flat: torch.Tensor, kind: Any, scratch: Scra
     received = scratch.like(flat, size * mine)
     ended(gloo.alltoall_base(received, flat, [mine] * size, parts, AllToAllOptions()))
     reduced = _reduced(received.view(size, mine), kind)
-    ended(gloo._allgather_base(flat[: part * size], reduced[:part], AllgatherOptions()))
-    if parts[-1] > part:  # the last rank has the rest of the division
-        rest = flat[part * size :]
-        if gloo.rank() == size - 1:
-            rest.copy_(reduced[part:])
-        options = BroadcastOptions()
-        options.rootRank, options.rootTensor = size - 1, 0
-        ended(gloo.broadcast([rest], options))
+    # By messages, straight into place: gloo's all-gather of this size makes and copies another.
+    me, segments = gloo.rank(), torch.split(flat, parts)
+    segments[me].copy_(reduced)
+    others = [(me + each) % size for each in range(1, size)]
+    works = [gloo.recv([segments[each]], each, _TAG) for each in others]
+    works += [gloo.send([reduced], each, _TAG) for each in others]
+    for each in works:
+        ended(each)
 
 
 def reduce_scatter(
