@@ -66,7 +66,7 @@ class GlooLinks:
         rank: In the group.
         size: Of the group.
         timeout: Of each operation, and for members to come.
-        on_break: Called in any thread with what was seen of a peer's end.
+        on_break: Called in any thread with what was seen of a peer's end, and this; to `cut` it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class GlooLinks:
         rank: int,
         size: int,
         timeout: timedelta,
-        on_break: Callable[[str], None],
+        on_break: Callable[[str, GlooLinks], object],
     ) -> None:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._on_break = on_break
@@ -91,6 +91,7 @@ class GlooLinks:
         self._waiting: set[Collective] = set()
         self._lock = threading.Lock()
         self._broken: GroupBrokenError | None = None
+        self._opened: frozenset[int] = frozenset()
         self._turn = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._ready = 0
@@ -140,10 +141,11 @@ class GlooLinks:
                 return
             self._broken = why
             given_up, self._waiting = self._waiting, set()
-            self._jobs.put(None)
-        self._start()
+        self._opened |= self.sockets()
         sockets.sever(self._mine, set(self._theirs.values()))
         self._give_up(given_up, why)
+        self._jobs.put(None)
+        self._start()
 
     def close(self) -> None:
         """Wait until nothing of it is left, after `cut`."""
@@ -196,7 +198,7 @@ class GlooLinks:
                     results = job(gloo)
                 work.whole(results)
         except LinkError as error:
-            self._on_break(str(error))
+            self._on_break(str(error), self)
             assert self._broken is not None
             if begun:
                 work.gave_up(self._broken)
@@ -214,7 +216,8 @@ class GlooLinks:
     def _destroy(self) -> None:
         """Let go of gloo, which ends the process if it is destroyed while it sees sockets end."""
         deadline = time.monotonic() + _CLOSED_WITHIN_S
-        while self.sockets():
+        # By their numbers: one that was reset by the other end has no address any more.
+        while sockets.still_open(self._opened):
             if time.monotonic() > deadline:
                 _kept.append(self._gloo)
                 break
@@ -225,6 +228,7 @@ class GlooLinks:
         self._meet(range(self._size))
         nothing = torch.zeros(self._size)
         ended(gloo.alltoall_base(nothing.clone(), nothing, [], [], AllToAllOptions()))
+        self._opened = self.sockets()
 
     def _meet(self, ranks: Sequence[int]) -> None:
         """Wait until these have made their communicators, and learn where they listen."""

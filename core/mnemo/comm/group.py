@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -70,7 +71,7 @@ class Group(ProcessGroup):
         groups[name] = self
 
     def _make(self, store: Store) -> GlooLinks:
-        return GlooLinks(store, self._rank, len(self.ranks), self._timeout, self.mark_broken)
+        return GlooLinks(store, self._rank, len(self.ranks), self._timeout, self._on_break)
 
     # --- its life ---------------------------------------------------------------------------------
 
@@ -81,20 +82,26 @@ class Group(ProcessGroup):
 
     def mark_broken(self, why: str) -> None:
         """End all that is under way. From any thread, any number of times."""
+        self._on_break(why, self._links)
+
+    def _on_break(self, why: str, links: GlooLinks) -> GroupBrokenError:
+        """A communicator broke; the group has, unless that one was replaced already."""
         with self._lock:
-            if self._broken is not None:
-                return
-            self._broken = GroupBrokenError(self.label, why)
-        self._links.cut(self._broken)
+            broken = self._broken or GroupBrokenError(self.label, why)
+            if links is self._links:
+                self._broken = broken
+        links.cut(broken)
+        return broken
 
     def rebuild(self, store: Store, membership_epoch: int) -> None:
         """Replace the communicator. Nothing is connected before it is used."""
         self.mark_broken(f"its communicator is replaced for membership epoch {membership_epoch}")
-        self._links = self._make(store)
+        links = self._make(store)
+        with self._lock:
+            self._links, self._broken = links, None
         self.built, self.asked = membership_epoch, 0
         self.sent.clear()
         self.received.clear()
-        self._broken = None
 
     def sockets(self) -> frozenset[int]:
         """Inode numbers of its connections."""
@@ -377,19 +384,18 @@ class Group(ProcessGroup):
         tensors: Tensors,
         written: Tensors,
     ) -> Work:
+        links = self._links
         if self._broken is None:
             try:
-                inner = issue(self._links.peer(peers))
+                inner = issue(links.peer(peers))
             except LinkError as error:
-                self.mark_broken(str(error))
+                self._on_break(str(error), links)
             else:
-                return Delegated(inner, tensors, written, self._message_failed)
+                return Delegated(inner, tensors, written, partial(self._message_failed, links))
         return self._given(tensors, written)
 
-    def _message_failed(self, error: Exception | None) -> GroupBrokenError:
-        self.mark_broken(str(error or "a message was given up"))
-        assert self._broken is not None
-        return self._broken
+    def _message_failed(self, links: GlooLinks, error: Exception | None) -> GroupBrokenError:
+        return self._on_break(str(error or "a message was given up"), links)
 
     # --- groups of its members --------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ def listening() -> set[Address]:
 def connected(mine: Address, theirs: Collection[Address]) -> frozenset[int]:
     """Inode numbers of the sockets accepted at ``mine`` or connected to one of ``theirs``."""
     return frozenset(os.fstat(each.fileno()).st_ino for each in _between(mine, theirs))
+
+
+def still_open(inodes: Collection[int]) -> bool:
+    """Whether this process has one of these sockets, be it connected or not."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names only, as fast as it gets
+        with contextlib.suppress(OSError):
+            found = os.stat(f"/proc/self/fd/{name}")  # noqa: PTH116
+            if stat.S_ISSOCK(found.st_mode) and found.st_ino in inodes:
+                return True
+    return False
 
 
 def sever(mine: Address, theirs: Collection[Address]) -> None:
