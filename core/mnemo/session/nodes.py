@@ -54,7 +54,9 @@ class Protection:
     def __str__(self) -> str:
         nodes, parities = len(self.group.nodes), self.group.parities
         many = "one" if parities == 1 else f"any {parities}"
-        return f"{many} of {f'a group of {nodes}' if self.groups > 1 else nodes} nodes"
+        if self.groups == 1:
+            return f"{many} of {nodes} nodes"
+        return f"{many} of a group of {nodes} nodes where other groups keep the same snapshot"
 
 
 @dataclass(frozen=True)
