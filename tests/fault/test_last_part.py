@@ -128,6 +128,7 @@ def test_mnemo_run_that_gives_up_says_what_is_kept(lab: Lab, tmp_path: Path) -> 
     assert final(tmp_path)["batches"] == 0
 
 
+@pytest.mark.campaign
 def test_an_interpreter_that_ends_by_an_exception(tmp_path: Path) -> None:
     """Whoever shows it: programs replace ``sys.excepthook``."""
     hooked = (

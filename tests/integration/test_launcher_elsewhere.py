@@ -20,6 +20,7 @@ def run(runs: list[dict[str, str]], *words: str, cwd: Path, **environ: str) -> R
     return launch(*command, cwd=cwd, MNEMO_RUN_ID="gpt", **environ)
 
 
+@pytest.mark.campaign
 def test_what_the_agent_saw_is_known_where_the_program_writes_elsewhere(tmp_path: Path) -> None:
     places = {"journal": str(tmp_path / "records"), "dir": str(tmp_path / "runs")}
     ended = run([places], cwd=tmp_path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from launching import Result, launch
 from lightning_client import Lab
 
@@ -55,6 +57,7 @@ def test_a_wrong_setting_is_said_once(tmp_path: Path) -> None:
     assert len(ended.records("launch")) == 1
 
 
+@pytest.mark.campaign
 def test_what_the_cli_itself_refuses_is_not_tried_again(tmp_path: Path) -> None:
     ended = run(tmp_path, "snapshoot: {every: 1}")
     assert ended.code == 2, ended.err
