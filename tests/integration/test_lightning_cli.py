@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from launching import Result, launch
 from lightning_client import Lab
 
