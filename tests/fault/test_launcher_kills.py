@@ -208,6 +208,7 @@ assert os.read(read_end, 5) == b"ready"
     assert (ended.code, ended.out) == (0, "uploaded\n"), ended.err
 
 
+@pytest.mark.campaign
 def test_a_stopped_snapshot_process_is_waited_for_with_a_line(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("""
 import os, signal

@@ -49,6 +49,7 @@ def test_a_run_that_trains_is_refused_before_anything_is_started(pipes: Path) ->
         ends_well(first, pipes)
 
 
+@pytest.mark.campaign
 def test_a_run_that_begins_to_train_meanwhile_is_refused_once(pipes: Path) -> None:
     with started("run.id=gpt", str(SCRIPT), "first", str(pipes), cwd=pipes) as first:
         second = launch("run.id=gpt", str(SCRIPT), "second", str(pipes), cwd=pipes)
