@@ -38,7 +38,7 @@ def test_killed_members_come_back_equal(number: int, parities: int, seed: int) -
 
 
 @pytest.mark.parametrize(("number", "parities"), SHAPES[:2])
-@pytest.mark.parametrize("attempt", range(2))
+@pytest.mark.parametrize("attempt", range(3))
 def test_killed_at_a_random_instant_of_an_attempt(
     number: int, parities: int, attempt: int, seed: int
 ) -> None:
@@ -47,7 +47,7 @@ def test_killed_at_a_random_instant_of_an_attempt(
 
 
 @pytest.mark.parametrize(("number", "parities"), SHAPES[:2])
-@pytest.mark.parametrize("attempt", range(1))
+@pytest.mark.parametrize("attempt", range(3))
 def test_killed_while_differences_travel(
     number: int, parities: int, attempt: int, seed: int
 ) -> None:

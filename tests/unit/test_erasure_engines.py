@@ -486,7 +486,7 @@ def test_without_isal_numpy_does_it_and_one_warning_says_what_is_lost(
         said,
     )
     assert found, said
-    assert min(float(found[1]), float(found[2])) > 0  # which is more, a busy machine decides
+    assert 0 < float(found[1]) < float(found[2])
     assert "pip install pyeclib, or install libisal2" in said
     right = _encoded(Code(RS, 4, 2), 30, generator)
     out = _rows(2, 30)
