@@ -115,11 +115,13 @@ class Report:
     def show(self, console: Console) -> None:
         """Print the rows, then the bars."""
         if self.rows:
-            table = self._table()
             anything = console.options.update(width=_ANY_WIDTH)
-            if console.measure(table, options=anything).maximum > console.width:
-                table = self._turned_table()
-            console.print(table)
+            whole = self._table()
+            if console.measure(whole, options=anything).maximum <= console.width:
+                console.print(whole)
+            else:
+                for table in self._turned_tables(console):
+                    console.print(table)
         if self.bars:
             table = Table(title="bars")
             for name in ("name", "value", "bar", "holds"):
@@ -143,15 +145,30 @@ class Report:
             table.add_row(*(_shown(row.get(name)) for name in self._columns()))
         return table
 
-    def _turned_table(self) -> Table:
-        """One column a measurement, for a screen on which the other form does not fit."""
+    def _turned_tables(self, console: Console) -> list[Table]:
+        """One column a measurement, for a screen on which the other form does not fit.
+
+        As many beside each other as leave every figure whole.
+        """
+        anything = console.options.update(width=_ANY_WIDTH)
+        tables: list[Table] = []
+        for beside in range(len(self.rows), 0, -1):
+            starts = range(0, len(self.rows), beside)
+            tables = [self._turned_table(self.rows[i : i + beside]) for i in starts]
+            widths = [console.measure(each, options=anything).minimum for each in tables]
+            if max(widths) <= console.width:
+                break
+        return tables
+
+    def _turned_table(self, rows: Sequence[Mapping[str, Scalar]]) -> Table:
         first, *others = self._columns()
         table = Table(title=self.benchmark)
         table.add_column(first, no_wrap=True)
-        for row in self.rows:
+        for row in rows:
             table.add_column(_shown(row.get(first)), justify="right")
         for name in others:
-            table.add_row(name, *(_shown(row.get(name)) for row in self.rows))
+            if any(row.get(name) is not None for row in rows):
+                table.add_row(name, *(_shown(row.get(name)) for row in rows))
         return table
 
 

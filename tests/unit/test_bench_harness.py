@@ -114,6 +114,18 @@ def test_tables_show_every_row_and_whether_bars_hold(sample: None) -> None:
     assert re.search(r"broken .*≥ 2 .*✗", text)
 
 
+def test_no_figure_is_cut_off_on_a_narrow_screen(sample: None) -> None:
+    report = Report("sample_bench")
+    for case in range(8):
+        report.row(what=f"a way of doing it, number {case}", figure=0.012345 + case)
+    with Path("/dev/null").open("w") as nowhere:
+        console = Console(record=True, width=60, file=nowhere)
+        report.show(console)
+    text = console.export_text()
+    assert "…" not in text
+    assert all(f"{0.012345 + case:.4g}" in text for case in range(8))
+
+
 def test_list_names_benchmarks_and_leaves_helpers_out(
     sample: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
