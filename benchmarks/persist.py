@@ -51,7 +51,7 @@ def run(quick: bool, report: Report) -> None:
     directory = Path(tempfile.mkdtemp(prefix="mnemo-benchmark-"))
     try:
         _install_store(directory)
-        _measure(directory, report, rounds=8 if quick else 40)
+        _measure(directory, report, rounds=8 if quick else 100)
     finally:
         sys.path.remove(str(directory))
         shutil.rmtree(directory, ignore_errors=True)
