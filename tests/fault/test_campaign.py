@@ -9,7 +9,7 @@ import pytest
 from campaign import FLAGS, SCRIPT, assert_same, by_phase, hooks, train
 from lightning_client import Lab, records, until_it_ends
 
-from mnemo.faults import PHASES, Declaration, random_faults, random_instants
+from mnemo.faults import PHASES, Declaration, Fired, random_faults, random_instants
 
 STEPS = 30  # of 3 epochs, 20 batches per rank and epoch, accumulated over 2
 
@@ -33,10 +33,16 @@ def test_killed_in_each_phase(lab: Lab, tmp_path: Path, seed: int) -> None:
 @pytest.mark.campaign
 @pytest.mark.timeout(3600)
 def test_fifty_kills(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """35 kills in a phase of a random step and 15 at random instants, over five runs."""
+    """In each run seven kills in a phase of a random step and three at random instants.
+
+    A run that is through before an instant comes has one less; there are runs until it is fifty.
+    """
     train(tmp_path / "undisturbed")
-    fired = []
-    for number in range(5):
+    fired: list[Fired] = []
+    number = -1
+    while len(fired) < 50:
+        number += 1
+        assert number < 10, f"{len(fired)} kills in ten runs"
         bound = random_faults(seed + number, len(PHASES), ranks=2, steps=range(1, STEPS - 2))
         free = random_instants(seed + number, 3, ranks=2, within_s=(6.0, 20.0))
         out = tmp_path / f"disturbed-{number}"
@@ -49,5 +55,4 @@ def test_fifty_kills(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[st
         print(f"\n{len(fired)} kills (seed {seed}):")
         for phase, count in counts.most_common():
             print(f"  {phase:12} {count}")
-    assert len(fired) >= 50
     assert all(counts[phase] >= 3 for phase in PHASES), counts
