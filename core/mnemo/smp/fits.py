@@ -60,6 +60,8 @@ class Fit:
         self._counts = counts
         self._clock = clock
         self._buffers = Buffers(f"mnemo:{run_id}:{number}")
+        self._ledgers: dict[int, int] = {}
+        """Descriptors by rank."""
         self._finished: set[int] = set()
         """Ranks whose training ended well."""
         self._over: set[int] = set()
@@ -245,6 +247,7 @@ class Fit:
         """See `m.Resume`."""
         for index in self.shelf.forget_after(seat.rank, request.tick):
             self.commits.void(seat.rank, index)
+        self._forget_ledger(seat.rank)
         self.commits.rewound()
         self._notify()
         return m.Done(), []
@@ -280,6 +283,24 @@ class Fit:
         self._notify()
         return m.Done(), []
 
+    async def keep_ledger(self, seat: Seat, request: m.KeepLedger, fds: list[int]) -> Answer:
+        """See `m.KeepLedger`."""
+        del request
+        if len(fds) != 1:
+            raise ProtocolError(f"{len(fds)} descriptors for one ledger")
+        self._forget_ledger(seat.rank)
+        self._ledgers[seat.rank] = os.dup(fds[0])
+        return m.Done(), []
+
+    def ledger(self, rank: int) -> list[int]:
+        """The descriptor of a rank's ledger, if there is one."""
+        return [self._ledgers[rank]] if rank in self._ledgers else []
+
+    def _forget_ledger(self, rank: int) -> None:
+        fd = self._ledgers.pop(rank, None)
+        if fd is not None:
+            os.close(fd)
+
     def wake(self) -> None:
         """Slots may have become free: give back what is surplus, let those who wait look again."""
         for rank in self.shelf.ranks:
@@ -308,6 +329,7 @@ class Fit:
         await self.commits.unprotect()
         for rank, shelf in self.shelf.ranks.items():
             self._release(rank, list(shelf.slots))
+            self._forget_ledger(rank)
         self.board.close()
 
     async def close(self) -> None:

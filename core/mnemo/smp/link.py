@@ -55,6 +55,7 @@ class Link:
         self._lock = threading.Lock()
         """Around the choice of the SMP and what it has to be handed."""
         self._segments: dict[int, int] = {}
+        self._ledger = -1
         self._board: Board | None = None
         self._look_at = 0.0
         self.newest: m.Generation | None = None
@@ -74,6 +75,8 @@ class Link:
             for i in range(0, len(held), MAX_FDS):
                 part = held[i : i + MAX_FDS]
                 client.tell(m.Adopt(tuple(k for k, _ in part)), [fd for _, fd in part])
+            if self._ledger >= 0:
+                client.tell(m.KeepLedger(), [self._ledger])
         except BaseException:
             client.close()
             raise
@@ -135,6 +138,21 @@ class Link:
             if old is not None:
                 os.close(old)
             self._segments[index] = fd
+
+    def keep_ledger(self, fd: int) -> None:
+        """Have the ledger behind ``fd`` held, which stays the caller's until the next one is kept.
+
+        Raises:
+            SmpError: As `ask`; the successor will hold it.
+        """
+        with self._lock:
+            self._ledger = fd
+        client = self._client
+        try:
+            client.tell(m.KeepLedger(), [fd])
+        except ConnectionLostError as error:
+            self._replace(client, str(error))
+            raise
 
     def forget(self, keep: set[int]) -> None:
         """Let go of segments other than those in ``keep``."""

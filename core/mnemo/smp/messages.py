@@ -242,6 +242,24 @@ class Adopt(Message, frozen=True):
     indexes: tuple[Count, ...]
 
 
+class KeepLedger(Message, frozen=True):
+    """Hold this rank's ledger (`mnemo.smp.ledger`), whose descriptor comes along, for a successor.
+
+    In place of the one held before. It is given up where a training begins anew, or is over.
+    """
+
+
+class FetchLedger(Message, frozen=True):
+    """Ask for the ledger of a rank that was lost."""
+
+    fit: Count
+    rank: Count
+
+
+class Ledgers(Message, frozen=True):
+    """Carries the ledger's descriptor, if there is one."""
+
+
 class Finish(Message, frozen=True):
     """The fit ended well here. Its newest generation stays until the program has, too: `Over`.
 
@@ -332,6 +350,8 @@ Request = (
     | Fetch
     | Resume
     | Adopt
+    | KeepLedger
+    | FetchLedger
     | Finish
     | Over
     | Leave
@@ -353,6 +373,7 @@ Reply = (
     | Granted
     | Sealed
     | Fetched
+    | Ledgers
     | Flushed
     | Looked
     | StatusReply

@@ -50,6 +50,12 @@ _OF_SEATED: Final[dict[type[m.Message], Callable[[Fit, Seat, Any], Awaitable[Ans
     m.Finish: Fit.finish,
     m.Leave: Fit.leave,
 }
+_OF_SEATED_WITH_FDS: Final[
+    dict[type[m.Message], Callable[[Fit, Seat, Any, list[int]], Awaitable[Answer]]]
+] = {
+    m.Adopt: Fit.adopt,
+    m.KeepLedger: Fit.keep_ledger,
+}
 
 
 @dataclass(eq=False)
@@ -265,9 +271,8 @@ class Server:
             return self._listen(request), []
         if isinstance(request, m.Fetch):
             return self._fetch(client, request)
-        if isinstance(request, m.Flush):
-            fit = self._fits.get(request.fit)
-            return m.Flushed(-1) if fit is None else await fit.commits.flush(request.tick), []
+        if isinstance(request, m.FetchLedger | m.Flush):
+            return await self._tell_of_fit(request)
         if isinstance(request, m.Look | m.Status):
             return self._tell(request), []
         if isinstance(request, m.Attend | m.Shutdown | m.Rollback):
@@ -278,8 +283,9 @@ class Server:
             return m.Done(), []
         if client.seat is None:
             raise ProtocolError(f"{type(request).__name__} before Join")
-        if isinstance(request, m.Adopt):
-            return await client.seat.fit.adopt(client.seat, request, fds)
+        takes = _OF_SEATED_WITH_FDS.get(type(request))
+        if takes is not None:
+            return await takes(client.seat.fit, client.seat, request, fds)
         handler = _OF_SEATED.get(type(request))
         if handler is None:
             raise ProtocolError(f"{type(request).__name__} is not expected here")
@@ -319,6 +325,12 @@ class Server:
         wanted = [fit for fit in self._fits.values() if not fit.is_finished]
         newest = max(wanted, key=lambda fit: fit.number, default=None)
         return m.Looked() if newest is None else newest.look()
+
+    async def _tell_of_fit(self, request: m.FetchLedger | m.Flush) -> Answer:
+        fit = self._fits.get(request.fit)
+        if isinstance(request, m.FetchLedger):
+            return m.Ledgers(), [] if fit is None else fit.ledger(request.rank)
+        return m.Flushed(-1) if fit is None else await fit.commits.flush(request.tick), []
 
     def _listen(self, request: m.Listen) -> m.Listening:
         if self._neighbours is None:
