@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -41,7 +42,7 @@ class Loss:
     steps_again: int = 0
 
 
-class Job:
+class Job(ABC):
     """One training, of which all ranks write `Mark` after `Mark` to ``directory``."""
 
     arguments: tuple[str, ...] = ()
@@ -55,9 +56,9 @@ class Job:
         self._read: dict[Path, int] = {}
         """So many bytes of each file are in `_marks`."""
 
+    @abstractmethod
     def command(self, host: Host) -> tuple[str, ...]:
         """What stands between ``python`` and the script."""
-        raise NotImplementedError
 
     def environ(self, host: Host) -> dict[str, str]:
         """Of the launcher."""
@@ -223,11 +224,13 @@ class MnemoJob(Job):
         """The member with the Store, or another one."""
         return self._chance.choice([h for h in self.members if _has_store(h) == store])
 
-    def known(self, begun: float, others: Sequence[Host]) -> float:
+    def known(self, begun: float, others: Sequence[Host]) -> float | None:
         """See `Job.known`; as the agents' journals have it."""
         records = [r for h in others for r in journal.read(h.home / "journal" / "job.jsonl")]
-        told = [r["noticed"] for r in records if r["event"] == "failure" and r["time"] > begun]
-        return float(min(told))
+        told = [
+            float(r["noticed"]) for r in records if r["event"] == "failure" and r["time"] > begun
+        ]
+        return min(told, default=None)
 
 
 def _has_store(host: Host) -> bool:

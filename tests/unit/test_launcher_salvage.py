@@ -13,10 +13,11 @@ import pytest
 from mnemo.errors import SalvageError, StoreLostError
 from mnemo.launcher import company
 from mnemo.launcher.company import Company
-from mnemo.launcher.salvage import Salvage
+from mnemo.launcher.salvage import Salvage, There
 from mnemo.membership import Epoch, Member
 from mnemo.membership.records import Ballot
 from mnemo.smp import lifecycle
+from mnemo.smp import messages as m
 from mnemo.smp.paths import RunPaths
 from mnemo.transport.local import ConnectionLostError
 
@@ -133,6 +134,22 @@ class Silent:
         """As closing a socket: whoever waits there goes on waiting."""
 
 
+class Looks:
+    """A connection to a snapshot process that keeps something."""
+
+    def __init__(self, looked: m.Looked) -> None:
+        self._looked = looked
+
+    def ask(self, *_: object, **__: object) -> tuple[m.Looked, list[int]]:
+        return self._looked, []
+
+    def hang_up(self) -> None:
+        """It asks nothing that takes time."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 @pytest.mark.timeout(30)
 def test_who_is_asked_to_end_does_though_the_snapshot_process_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,3 +170,51 @@ def test_who_is_asked_to_end_does_though_the_snapshot_process_hangs(
     before = set(threading.enumerate())
     asyncio.run(run())
     assert set(threading.enumerate()) == before
+
+
+def test_who_was_not_seen_by_the_others_ends_with_words(tmp_path: Path) -> None:
+    members = (Member("a", "0", address="a"), Member("b", "0", address="b"))
+    epoch = Epoch(1, Ballot(0, ""), 1, members)
+    said: Any = Records()
+
+    async def run() -> None:
+        await Company(said, ("a", "b"), 0, patience_s=60.0).tell("there", There((0,)))
+        with pytest.raises(SalvageError, match="node b was not seen by the others any more"):
+            await Salvage(RunPaths.of("run", tmp_path), epoch, 1, said).run(None)
+
+    asyncio.run(run())
+
+
+@pytest.mark.timeout(60)
+def test_nothing_stays_in_a_lost_nodes_name_where_it_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = ("node-0", "node-1")
+    protect = m.ProtectSettings("node-0", group, 1, dict.fromkeys(group, ("127.0.0.1", 1)))
+    own = Looks(m.Looked(0, {2: 1}, m.PersistSettings(str(tmp_path / "to"), 1.0, 1), protect))
+    started, ended = threading.Event(), threading.Event()
+    ensure, find = lifecycle.ensure, lifecycle.find
+    paths = RunPaths.of("run", tmp_path)
+
+    def slowly(at: RunPaths) -> Any:
+        started.set()
+        assert ended.wait(60)
+        return ensure(at)
+
+    monkeypatch.setattr(lifecycle, "ensure", slowly)
+    monkeypatch.setattr(
+        lifecycle, "find", lambda at, *words: own if at == paths else find(at, *words)
+    )
+    epoch = Epoch(1, Ballot(0, ""), 1, (Member("a", "0"), Member("b", "0")))
+    said: Any = Records()
+
+    async def run() -> None:
+        storing = asyncio.create_task(Salvage(paths, epoch, 0, said).run((0,)))
+        await asyncio.to_thread(started.wait)
+        storing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await storing
+        ended.set()
+
+    asyncio.run(run())
+    assert find(RunPaths.of("run", paths.directory / "node-1"), 1.0) is None

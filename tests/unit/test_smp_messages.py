@@ -151,3 +151,8 @@ def test_hostile_messages_are_refused_by_a_typed_error(raw: bytes) -> None:
         m.decode_request(raw)
     with pytest.raises(ProtocolError, match="not a reply"):
         m.decode_reply(raw)
+
+
+def test_where_checkpoints_go_is_shown_without_a_password() -> None:
+    settings = m.PersistSettings("ftp://me:hunter2@host/x", 1.0, 1)
+    assert settings.shown == "ftp://***@host/x"

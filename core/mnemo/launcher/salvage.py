@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from mnemo.config.kinds import without_password
 from mnemo.errors import MnemoError, SalvageError
 from mnemo.launcher.company import Company
 from mnemo.smp import lifecycle
@@ -63,7 +64,7 @@ class Salvaged:
 
     Attributes:
         step: Of the checkpoint.
-        url: Where it is.
+        url: Where it is, as it can be shown.
     """
 
     step: int
@@ -109,16 +110,21 @@ class Salvage:
             raise
         finally:
             for part in self._parts:
-                part.close()
+                await asyncio.to_thread(part.close)
 
     async def _run(self, there: Collection[int] | None, company: Company) -> Salvaged:
         if there is not None:
             await company.tell("there", There(tuple(sorted(there))))
         left = (await company.first("there", There)).nodes
+        if self._rank not in left:
+            raise SalvageError(
+                f"node {self._address(self._rank)} was not seen by the others any more, who store "
+                "without it"
+            )
         try:
             kept = await asyncio.to_thread(self._gather, left)
         except (MnemoError, OSError) as error:
-            kept = Kept((), {}, str(error))
+            kept = Kept((), {}, without_password(str(error)))
         await company.tell(f"kept/{self._rank}", kept)
         tick, step = self._choose(await company.all("kept", Kept, left))
         try:
@@ -126,14 +132,14 @@ class Salvage:
                 await asyncio.to_thread(part.store, tick, step)
             stored = Stored()
         except (MnemoError, OSError) as error:
-            stored = Stored(str(error))
+            stored = Stored(without_password(str(error)))
         await company.tell(f"stored/{self._rank}", stored)
         for each in await company.all("stored", Stored, left):
             if each.failure:
                 raise SalvageError(each.failure)
         persist = self._parts[0].looked.persist
         assert persist is not None
-        return Salvaged(step, persist.url)
+        return Salvaged(step, persist.shown)
 
     def _choose(self, kept: list[Kept]) -> tuple[int, int]:
         """Tick and step of the newest generation that all nodes have.
@@ -156,6 +162,15 @@ class Salvage:
     # --- in a thread --------------------------------------------------------------------------
 
     def _gather(self, left: Collection[int]) -> Kept:
+        """See `_find_and_rebuild`; who gave it up does not wait for it."""
+        try:
+            return self._find_and_rebuild(left)
+        finally:
+            if self._given_up:
+                for part in self._parts:
+                    part.close()
+
+    def _find_and_rebuild(self, left: Collection[int]) -> Kept:
         """Find this node's part, and have those of the lost nodes rebuilt that fall to this one.
 
         Raises:
@@ -169,6 +184,7 @@ class Salvage:
             )
         own = _Part([client])
         self._parts.append(own)
+        self._go_on()
         own.look()
         persist, protect = own.looked.persist, own.looked.protect
         if persist is None:
@@ -192,25 +208,36 @@ class Salvage:
         paths = RunPaths.of(self._paths.run_id, self._paths.directory / name)
         members = self._epoch.members
         first = sum(member.ranks for member in members[:rank])
+        self._go_on()
         clients = [lifecycle.ensure(paths)]
-        self._parts.append(_Part(clients, alien=True))
+        self._parts.append(_Part(clients, alien=paths))
+        self._go_on()
         host, _ = protect.addresses[protect.node]
         at, _ = clients[0].ask(m.Listen(name, host), m.Listening)
         addresses = {**protect.addresses, name: (at.host, at.port)}
         protect = msgspec.structs.replace(protect, node=name, addresses=addresses)
         persist = msgspec.structs.replace(persist, node=name)
         for number in range(members[rank].ranks):
+            self._go_on()
             if number:
                 clients.append(lifecycle.ensure(paths))
             join = m.Join(fit, first + number, members[rank].ranks, _KEEP_ALIVE_S, persist, protect)
             close_all(clients[number].ask(join, m.Joined)[1])
         while not (recalled := clients[0].ask(m.Recall(), m.Recalled)[0]).over:
-            if self._given_up:
-                raise SalvageError("the job was asked to end at once")
+            self._go_on()
         if recalled.failure:
             raise SalvageError(
                 f"what node {self._address(rank)} had does not come back: {recalled.failure}"
             )
+
+    def _go_on(self) -> None:
+        """Between any two things that take time.
+
+        Raises:
+            SalvageError: Not any more.
+        """
+        if self._given_up:
+            raise SalvageError("the job was asked to end at once")
 
     def _address(self, rank: int) -> str:
         return self._epoch.members[rank].address
@@ -219,12 +246,12 @@ class Salvage:
 class _Part:
     """One node's part of the run, at the snapshot process that has it."""
 
-    def __init__(self, clients: list[SmpClient], *, alien: bool = False) -> None:
+    def __init__(self, clients: list[SmpClient], *, alien: RunPaths | None = None) -> None:
         """Known from now on, so that it can be hung up.
 
         Args:
             clients: Connections to the process.
-            alien: It was started in a lost node's name, and ends with this object.
+            alien: Where it is, if it was started in a lost node's name: it ends with this object.
         """
         self._clients = clients
         self._alien = alien
@@ -257,8 +284,12 @@ class _Part:
 
         One that does not listen any more ends by itself, since nobody is connected to it.
         """
-        if self._alien:
-            with contextlib.suppress(MnemoError, OSError):
-                self._clients[0].tell(m.Shutdown(force=True), timeout_s=_FAREWELL_S)
         for client in self._clients:
             client.close()
+        if self._alien is None:
+            return
+        with contextlib.suppress(MnemoError, OSError):
+            anew = lifecycle.find(self._alien, _FAREWELL_S)  # the others may have been hung up
+            if anew is not None:
+                with anew:
+                    anew.tell(m.Shutdown(force=True), timeout_s=_FAREWELL_S)

@@ -69,7 +69,7 @@ class Finder:
         self._nodes, self._world_size = len(place.leaders), place.world_size
         self._memory = MemorySource(link, place.rank, secret)
         self._storage: StorageSource | None = None
-        self._url = persist.url if persist is not None else ""
+        self._url = persist.shown if persist is not None else ""
         if persist is not None:
             name = store_id(identity.run_id, fit, persist.node)
             self._storage = StorageSource(persist, name, place.rank, place.members)

@@ -9,6 +9,7 @@ from typing import Annotated, Final
 
 import msgspec
 
+from mnemo.config.kinds import without_password
 from mnemo.errors import ProtocolError
 
 PROTOCOL: Final = 1
@@ -63,6 +64,11 @@ class PersistSettings(msgspec.Struct, frozen=True, omit_defaults=True):
     keep: Count
     node: str = ""
     """Where there are several nodes, which of them: each stores its own ranks' parts."""
+
+    @property
+    def shown(self) -> str:
+        """The URL without user and password, for messages."""
+        return without_password(self.url)
 
 
 def node_name(number: int) -> str:

@@ -159,7 +159,7 @@ class Persister:
     def status(self) -> dict[str, Any]:
         """For ``mnemo status``."""
         return {
-            "to": self.settings.url,
+            "to": self.settings.shown,
             "newest_step": self.newest_step,
             "every_s": self.settings.every_s,
             "failure": self.failure,
