@@ -70,6 +70,11 @@ class Rank:
         assert self._process.exitcode == 0
         return value
 
+    def join(self) -> None:
+        """Wait for its end, whatever it is."""
+        self._process.join(PATIENCE_S)
+        assert self._process.exitcode is not None, "it has not ended"
+
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal; after SIGKILL it is gone."""
         os.kill(self.pid, number)

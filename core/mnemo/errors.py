@@ -33,7 +33,8 @@
     │   ├── StoreLostError (ConnectionError)  a Store did not answer in time
     │   └── MembershipRecordError         a Store holds what this run did not write
     ├── CommError (RuntimeError)          what was asked of a process group cannot be done
-    │   └── GroupBrokenError              a member is gone; no collective of the group ends any more
+    │   ├── GroupBrokenError              a member is gone; no collective of the group ends any more
+    │   └── ReplayError                   a lost rank cannot begin again among those that went on
     ├── LaunchError                       ``mnemo run`` cannot start or go on
     │   └── CrashLoopError                the same batch fails again and again
     └── FaultNotFiredError (AssertionError)  an injected fault never happened
@@ -200,6 +201,13 @@ class GroupBrokenError(CommError):
     def again(self) -> GroupBrokenError:
         """The same to be raised once more, without the frames of the last time."""
         return GroupBrokenError(self.group, self.why)
+
+
+class ReplayError(CommError):
+    """Operations cannot be replayed for a rank that begins again at a boundary; says why.
+
+    Nothing is lost by it: what waits goes on waiting, and all ranks may begin again instead.
+    """
 
 
 class LaunchError(MnemoError):

@@ -6,9 +6,10 @@ Importing this registers the backend ``mnemo`` with torch, and nothing else::
 
     dist.init_process_group("mnemo")
 
-It wraps gloo. When a rank is lost, whoever supervises the ranks says so (`mark_broken`), and all
-who wait for it go on at once; before results are used, `check` raises. When its place is taken,
-all ranks call `reconfigure`.
+It wraps gloo. When a rank is lost, whoever supervises the ranks says so. Where ranks can be
+replaced (`mode`), operations then wait (`hold`) until another process has taken its place, begun
+again at the last boundary (`mark`), and all have called `reconfigure`. Otherwise all who wait go
+on at once (`mark_broken`), and before results are used, `check` raises.
 """
 
 from __future__ import annotations
@@ -18,12 +19,39 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from mnemo.comm.group import Group
-from mnemo.comm.membership import Changes, check, links, mark_broken, reconfigure
+from mnemo.comm.handing import handover
+from mnemo.comm.membership import (
+    Changes,
+    check,
+    give_up,
+    links,
+    mark,
+    mark_broken,
+    pass_update,
+    reconfigure,
+)
+from mnemo.comm.modes import mode
+from mnemo.comm.replacing import hold
+from mnemo.comm.startup import unrecorded
 
 if TYPE_CHECKING:
     from mnemo.comm.c10d import ProcessGroup
 
-__all__ = ["Changes", "Group", "check", "links", "mark_broken", "reconfigure"]
+__all__ = [
+    "Changes",
+    "Group",
+    "check",
+    "give_up",
+    "handover",
+    "hold",
+    "links",
+    "mark",
+    "mark_broken",
+    "mode",
+    "pass_update",
+    "reconfigure",
+    "unrecorded",
+]
 
 
 def _create(options: Any, own_options: object) -> ProcessGroup:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     BarrierOptions: Any
     BroadcastOptions: Any
     GatherOptions: Any
+    HashStore: Any
     PrefixStore: Any
     ProcessGroupGloo: Any
     ReduceOp: Any
@@ -26,6 +27,7 @@ else:
         BarrierOptions,
         BroadcastOptions,
         GatherOptions,
+        HashStore,
         PrefixStore,
         ProcessGroup,
         ReduceOp,
@@ -44,6 +46,7 @@ __all__ = [
     "BroadcastOptions",
     "GatherOptions",
     "Gloo",
+    "HashStore",
     "PrefixStore",
     "ProcessGroup",
     "ProcessGroupGloo",

@@ -1,4 +1,4 @@
-"""One gloo communicator of a group, and the thread that runs its collectives one after the other.
+"""One gloo communicator of a group: it can be cut.
 
 A caller never waits in gloo, and gloo never holds a caller's tensor longer than the caller's work:
 `cut` shuts the sockets down, upon which the operation that is under way fails within milliseconds,
@@ -14,26 +14,24 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from mnemo.comm import sockets
 from mnemo.comm.c10d import AllToAllOptions, Gloo, ProcessGroupGloo
 from mnemo.comm.waiting import wait_for
-from mnemo.comm.work import Collective
-from mnemo.errors import CommError, GroupBrokenError
+from mnemo.errors import CommError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from datetime import timedelta
 
     from mnemo.comm.c10d import Store, Work
 
-    Job = Callable[[Gloo], list[Any] | None]
+T = TypeVar("T")
 
 _GLANCE_S = 0.002
 _CLOSED_WITHIN_S = 5.0
@@ -66,19 +64,10 @@ class GlooLinks:
         rank: In the group.
         size: Of the group.
         timeout: Of each operation, and for members to come.
-        on_break: Called in any thread with what was seen of a peer's end, and this; to `cut` it.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        rank: int,
-        size: int,
-        timeout: timedelta,
-        on_break: Callable[[str, GlooLinks], object],
-    ) -> None:
-        self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
-        self._on_break = on_break
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        self._store, self._size, self._timeout = store, size, timeout
         device, self._mine = _device()
         options = ProcessGroupGloo._Options()
         options._devices = [device]
@@ -87,25 +76,31 @@ class GlooLinks:
         self._theirs: dict[int, sockets.Address] = {}
         self._gloo: Gloo | None = ProcessGroupGloo(store, rank, size, options)
         store.set(f"listens/{rank}", json.dumps(self._mine))
-        self._jobs: queue.SimpleQueue[tuple[Collective, Job] | None] = queue.SimpleQueue()
-        self._waiting: set[Collective] = set()
         self._lock = threading.Lock()
-        self._broken: GroupBrokenError | None = None
+        self._in_use = threading.Lock()
+        self._cut: str | None = None
         self._opened: frozenset[int] = frozenset()
-        self._turn = threading.Lock()
-        self._threads: list[threading.Thread] = []
-        self._ready = 0
+        self._burial: threading.Thread | None = None
 
-    def run(self, work: Collective, job: Job) -> None:
-        """Have ``job`` run after all that were asked for before."""
-        with self._lock:
-            broken = self._broken
-            if broken is None:
-                self._waiting.add(work)
-                self._jobs.put((work, job))
-        self._start()
-        if broken is not None:
-            self._give_up([work], broken)
+    def use(self, job: Callable[[Gloo], T]) -> T:
+        """Do a collective: connect all members, if they are not yet. One at a time.
+
+        Raises:
+            LinkError: It was cut, or somebody does not answer. No tensor is touched any more.
+        """
+        with self._in_use:
+            if len(self._theirs) < self._size:
+                self._connect()
+            return job(self._whole())
+
+    def use_with(self, ranks: Sequence[int], job: Callable[[Gloo], T]) -> T:
+        """Do what needs these members alone. Nothing else is done meanwhile.
+
+        Raises:
+            LinkError: It was cut, or one of them does not answer.
+        """
+        with self._in_use:
+            return job(self.peer(ranks))
 
     def peer(self, ranks: Sequence[int]) -> Gloo:
         """The communicator, for messages with ``ranks``, which have all come.
@@ -114,107 +109,54 @@ class GlooLinks:
             LinkError: It was cut, or they have not come in time.
         """
         self._meet(ranks)
+        return self._whole()
+
+    def _whole(self) -> Gloo:
         gloo = self._gloo
-        if gloo is None or self._broken is not None:
-            raise LinkError(str(self._broken))
+        if gloo is None or self._cut is not None:
+            raise LinkError(self._cut)
         return gloo
 
     @property
-    def backend(self) -> Gloo:
-        """What torch asks for its properties."""
-        assert self._gloo is not None
+    def backend(self) -> Gloo | None:
+        """What torch asks for its properties; None once it was cut and is gone."""
         return self._gloo
 
     @property
-    def idle(self) -> bool:
-        """Whether no collective is under way."""
-        return not self._waiting
+    def is_cut(self) -> str | None:
+        """Why, if it is."""
+        return self._cut
 
     def sockets(self) -> frozenset[int]:
         """Inode numbers of the connections that are open."""
         return sockets.connected(self._mine, set(self._theirs.values()))
 
-    def cut(self, why: GroupBrokenError) -> None:
-        """End all that is under way; from here on nothing of it touches a tensor."""
+    def cut(self, why: str) -> None:
+        """Have all that is under way fail."""
         with self._lock:
-            if self._broken is not None:
+            if self._cut is not None:
                 return
-            self._broken = why
-            given_up, self._waiting = self._waiting, set()
-        self._opened |= self.sockets()
-        sockets.sever(self._mine, set(self._theirs.values()))
-        self._give_up(given_up, why)
-        self._jobs.put(None)
-        self._start()
+            self._cut = why
+        self._sever()
+        self._burial = threading.Thread(target=self._bury, name="mnemo-comm-end", daemon=True)
+        self._burial.start()
+
+    def quiet(self, within_s: float) -> bool:
+        """Wait until no collective is under way; whether that came about."""
+        if not self._in_use.acquire(timeout=within_s):
+            return False
+        self._in_use.release()
+        return True
 
     def close(self) -> None:
         """Wait until nothing of it is left, after `cut`."""
-        deadline = time.monotonic() + _CLOSED_WITHIN_S
-        for each in self._threads:
-            each.join(max(0.0, deadline - time.monotonic()))
+        assert self._burial is not None
+        self._burial.join(2 * _CLOSED_WITHIN_S)
 
-    def _start(self) -> None:
-        """Have a thread that takes the next turn."""
-        with self._lock:
-            if self._ready == 0:
-                self._ready += 1
-                thread = threading.Thread(target=self._serve, name="mnemo-comm", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            with self._turn:
-                asked = self._jobs.get()
-                if asked is None:
-                    self._destroy()
-                    self._jobs.put(None)
-                    return
-                work, job = asked
-                settle = self._do(work, job) and work.end()
-                if settle:  # hooks of users' run in there, and may wait for what is asked later
-                    with self._lock:
-                        self._ready -= 1
-            if settle:
-                self._start()
-                work.settle()
-                with self._lock:
-                    self._ready += 1
-            del asked, work, job
-
-    def _do(self, work: Collective, job: Job) -> bool:
-        """Run it; whether its end is not told yet, as it is if it was given up before it began."""
-        begun = False
-        try:
-            gloo = self._gloo
-            assert gloo is not None
-            if len(self._theirs) < self._size:
-                self._connect(gloo)
-            with self._lock:
-                begun = work in self._waiting
-                self._waiting.discard(work)
-            if begun:
-                with torch.inference_mode():
-                    results = job(gloo)
-                work.whole(results)
-        except LinkError as error:
-            self._on_break(str(error), self)
-            assert self._broken is not None
-            if begun:
-                work.gave_up(self._broken)
-        except Exception as error:  # noqa: BLE001 - the caller's mistake, said where it waits
-            work.refused(error)
-        return begun
-
-    @staticmethod
-    def _give_up(works: Iterable[Collective], why: GroupBrokenError) -> None:
-        for work in works:
-            work.gave_up(why)
-            if work.end():
-                work.settle()
-
-    def _destroy(self) -> None:
+    def _bury(self) -> None:
         """Let go of gloo, which ends the process if it is destroyed while it sees sockets end."""
+        while not self.quiet(_GLANCE_S):  # what was just connecting has sockets only now
+            self._sever()
         deadline = time.monotonic() + _CLOSED_WITHIN_S
         # By their numbers: one that was reset by the other end has no address any more.
         while sockets.still_open(self._opened):
@@ -224,8 +166,13 @@ class GlooLinks:
             time.sleep(_GLANCE_S)
         self._gloo = None
 
-    def _connect(self, gloo: Gloo) -> None:
+    def _sever(self) -> None:
+        self._opened |= self.sockets()
+        sockets.sever(self._mine, set(self._theirs.values()))
+
+    def _connect(self) -> None:
         self._meet(range(self._size))
+        gloo = self._whole()
         nothing = torch.zeros(self._size)
         ended(gloo.alltoall_base(nothing.clone(), nothing, [], [], AllToAllOptions()))
         self._opened = self.sockets()
@@ -236,9 +183,9 @@ class GlooLinks:
         if not missing:
             return
         keys = [f"listens/{rank}" for rank in missing]
-        late = wait_for(self._store, keys, self._timeout, lambda: self._broken is not None)
-        if self._broken is not None:
-            raise LinkError(str(self._broken))
+        late = wait_for(self._store, keys, self._timeout, lambda: self._cut is not None)
+        if self._cut is not None:
+            raise LinkError(self._cut)
         if late:
             absent = [rank for rank, key in zip(missing, keys, strict=True) if key in late]
             msg = f"ranks {absent} of the group did not come within {self._timeout}"

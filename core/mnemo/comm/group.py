@@ -1,44 +1,48 @@
 """The process group that torch, DDP, FSDP and users hold: it stays, what is inside is replaced.
 
-Which of torch's names are called: Python calls the methods by name, C++ (DDP's reducer, functional
-collectives) those that torch's trampoline class passes on. Older torch has other names for some.
+Where lost ranks can be replaced, an operation that meets a break *waits*: nothing of it is in the
+caller's tensors yet, so it is run again over new links, or is given the result that another member
+has. Else it ends as broken.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections import Counter
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
+import torch.distributed as dist
 
-from mnemo.comm import ordered
-from mnemo.comm.c10d import (
-    AllgatherOptions,
-    AllToAllOptions,
-    BarrierOptions,
-    PrefixStore,
-    ProcessGroup,
-)
-from mnemo.comm.gloo import GlooLinks, LinkError, ended
-from mnemo.comm.work import Collective, Delegated, Given, in_backward, poison
-from mnemo.errors import GroupBrokenError
+from mnemo.comm import ordered, startup
+from mnemo.comm.c10d import HashStore, PrefixStore, ProcessGroup
+from mnemo.comm.collectives import Collectives
+from mnemo.comm.gloo import GlooLinks, LinkError
+from mnemo.comm.kept import Entry, Kept, Mark, boundary
+from mnemo.comm.line import Line
+from mnemo.comm.messages import Messages
+from mnemo.comm.modes import mode
+from mnemo.comm.operation import fill, views
+from mnemo.comm.work import Collective, Given, in_backward, poison
+from mnemo.errors import GroupBrokenError, ReplayError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
     from datetime import timedelta
 
     from mnemo.comm.c10d import Gloo, Store, Work
-    from mnemo.comm.gloo import Job
+    from mnemo.comm.operation import Operation
 
 Tensors = list[torch.Tensor]
+_QUIET_WITHIN_S = 10.0
 groups: WeakValueDictionary[str, Group] = WeakValueDictionary()
 """Those of this process, by name."""
 
 
-class Group(ProcessGroup):
+class Group(Collectives, Messages, ProcessGroup):
     """A process group over gloo whose communicator can be replaced.
 
     Args:
@@ -52,26 +56,35 @@ class Group(ProcessGroup):
     def __init__(
         self, name: str, ranks: Sequence[int], rank: int, store: Store, timeout: timedelta
     ) -> None:
-        super().__init__(rank, len(ranks))
+        ProcessGroup.__init__(self, rank, len(ranks))
         self.label = f"{name!r} (ranks {', '.join(map(str, ranks))})"
         self.ranks = tuple(ranks)
-        self.built = 0
+        self.member = rank
+        self.built = mode.epoch
         """Membership epoch of the communicator."""
         self.asked = 0
-        """Collectives since then."""
+        """Collectives since then; where results are kept, since the start."""
         self.sent: Counter[int] = Counter()
         self.received: Counter[int] = Counter()
+        self.scratch = ordered.Scratch()
+        self.kept = Kept() if mode.replaceable else None
+        self.unkept = -1
+        """Place of the last operation whose result is not kept."""
         self.key = self._called = name
         self._meant_for = ""
-        self._rank, self._timeout, self._store = rank, timeout, store
-        self._lock = threading.Lock()
+        self._timeout, self._store = timeout, store
+        self._changed = threading.Condition()
         self._broken: GroupBrokenError | None = None
-        self._scratch = ordered.Scratch()
-        self._links = self._make(store)
+        self._held: str | None = None
+        self._patience: float | None = None
+        self._startup = startup.Startup(store) if mode.alone else None
+        self._links = self.make_links(HashStore() if mode.alone else store)
+        self._line = Line(self._run)
         groups[name] = self
 
-    def _make(self, store: Store) -> GlooLinks:
-        return GlooLinks(store, self._rank, len(self.ranks), self._timeout, self._on_break)
+    def make_links(self, store: Store) -> GlooLinks:
+        """A communicator for it."""
+        return GlooLinks(store, self.member, len(self.ranks), self._timeout)
 
     # --- its life ---------------------------------------------------------------------------------
 
@@ -80,28 +93,102 @@ class Group(ProcessGroup):
         """Why nothing of it ends any more."""
         return self._broken
 
+    @property
+    def held(self) -> bool:
+        """Whether what is asked of it waits for `resume`."""
+        return self._held is not None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it has no other members yet."""
+        return self._startup is not None
+
     def mark_broken(self, why: str) -> None:
         """End all that is under way. From any thread, any number of times."""
-        self._on_break(why, self._links)
+        with self._changed:
+            self._broken = self._broken or GroupBrokenError(self.label, why)
+            self._changed.notify_all()
+        self._links.cut(why)
 
-    def _on_break(self, why: str, links: GlooLinks) -> GroupBrokenError:
+    def hold(self, why: str) -> None:
+        """Have all that is under way, and all that is asked later, wait. From any thread."""
+        with self._changed:
+            self._held, self._patience = why, None
+            self._changed.notify_all()
+        self._links.cut(why)
+
+    def quiet(self) -> bool:
+        """Once it is held: whether all that was under way has come to a rest."""
+        return self._links.quiet(_QUIET_WITHIN_S)
+
+    def on_break(self, why: str, links: GlooLinks) -> None:
         """A communicator broke; the group has, unless that one was replaced already."""
-        with self._lock:
-            broken = self._broken or GroupBrokenError(self.label, why)
-            if links is self._links:
-                self._broken = broken
-        links.cut(broken)
-        return broken
+        with self._changed:
+            if links is self._links and self._broken is None:
+                if self.kept is None:
+                    self._broken = GroupBrokenError(self.label, why)
+                elif self._held is None:
+                    self._held, self._patience = why, time.monotonic() + mode.patience_s
+        links.cut(why)
+
+    def live(self) -> GlooLinks:
+        """The communicator; waits while the group is held.
+
+        Raises:
+            GroupBrokenError: The group is broken.
+        """
+        with self._changed:
+            while self._held is not None and self._broken is None:
+                left = None if self._patience is None else self._patience - time.monotonic()
+                if left is not None and left <= 0:
+                    why = f"{self._held}; within {mode.patience_s:g} s nobody said what to do"
+                    self._broken = GroupBrokenError(self.label, why)
+                else:
+                    self._changed.wait(left)
+            if self._broken is not None:
+                raise self._broken.again()
+            return self._links
+
+    def outcome(self, why: str, links: GlooLinks) -> GroupBrokenError:
+        """What to raise for a message over a communicator that broke, once that is known."""
+        self.on_break(why, links)
+        try:
+            self.live()
+        except GroupBrokenError as broken:
+            return broken
+        return GroupBrokenError(self.label, why)
 
     def rebuild(self, store: Store, membership_epoch: int) -> None:
         """Replace the communicator. Nothing is connected before it is used."""
         self.mark_broken(f"its communicator is replaced for membership epoch {membership_epoch}")
-        links = self._make(store)
-        with self._lock:
-            self._links, self._broken = links, None
-        self.built, self.asked = membership_epoch, 0
+        self.resume(self.make_links(store), membership_epoch)
+        self.asked = 0
         self.sent.clear()
         self.received.clear()
+
+    def resume(self, links: GlooLinks, membership_epoch: int) -> None:
+        """Go on over these, with what waits."""
+        with self._changed:
+            self._links, self._broken, self._held, self._patience = links, None, None, None
+            self.built = membership_epoch
+            self._changed.notify_all()
+
+    def join(self, tick: int, place: int) -> None:
+        """Be no more alone: the next operation is the others' at ``place``; before `resume`."""
+        assert self.kept is not None
+        self.kept.begin(tick, place)
+        self.asked = place
+        self._startup = None
+
+    @contextlib.contextmanager
+    def told(self, results: Tensors) -> Iterator[None]:
+        """While it is alone: what is asked within gets these results, one after the other."""
+        assert self._startup is not None
+        self._startup.told = list(results)
+        try:
+            yield
+        finally:
+            self._startup.told = []
 
     def sockets(self) -> frozenset[int]:
         """Inode numbers of its connections."""
@@ -110,7 +197,10 @@ class Group(ProcessGroup):
     def shutdown(self) -> None:
         """Close it for good."""
         self.mark_broken("it was shut down")
+        self._line.close(_QUIET_WITHIN_S)
         self._links.close()
+        if groups.get(self.key) is self:
+            del groups[self.key]
 
     abort = shutdown
 
@@ -148,254 +238,119 @@ class Group(ProcessGroup):
     def set_timeout(self, timeout: timedelta) -> None:
         """Of the operations from here on."""
         self._timeout = timeout
-        self._links.backend.set_timeout(timeout)
+        if (gloo := self._links.backend) is not None:
+            gloo.set_timeout(timeout)
 
     # --- how anything is run ----------------------------------------------------------------------
 
-    def _collective(self, job: Job, results: list[Any], written: Tensors) -> Work:
-        self.asked += 1
+    def ask(self, operation: Operation, results: list[Any], written: Tensors) -> Work:
+        """Have a collective run after all that were asked for before."""
         if self._broken is not None:
-            return self._given(results, written)
-        work = Collective(results, written)
-        self._links.run(work, job)
+            self.asked += 1
+            return self.given(results, written)
+        work = Collective(operation, results, written)
+        operation.recorded = startup.recorded()
+        with self._changed:
+            operation.index, self.asked = self.asked, self.asked + 1
+            if not operation.kept:
+                self.unkept = operation.index
+            self._line.put(work)
         return work
 
-    def _given(self, results: list[Any], written: Tensors) -> Work:
+    def given(self, results: list[Any], written: Tensors) -> Work:
+        """What was asked of it when it was broken already.
+
+        Raises:
+            GroupBrokenError: Unless this is within backward.
+        """
         assert self._broken is not None
         if not in_backward():
             raise self._broken.again()
         poison(written)
         return Given(results)
 
-    def _plain(self, name: str, *args: Any, results: list[Any], written: Tensors) -> Work:
-        """One operation of gloo's."""
-
-        def job(gloo: Gloo) -> None:
-            ended(getattr(gloo, name)(*args))
-
-        return self._collective(job, results, written)
-
-    # --- reductions -------------------------------------------------------------------------------
-
-    def allreduce(self, tensors: Tensors, opts: Any) -> Work:
-        """Reduce in place."""
-        (tensor,) = tensors
-        if not ordered.applies(tensor, opts.reduceOp):
-            return self._gloos_allreduce(tensors, opts)
-        op = opts.reduceOp
-
-        def job(gloo: Gloo) -> None:
-            ordered.allreduce(gloo, tensor, op, self._scratch)
-
-        return self._collective(job, tensors, tensors)
-
-    def _gloos_allreduce(self, tensors: Tensors, opts: Any) -> Work:
-        def job(gloo: Gloo) -> list[Any] | None:
-            inner = gloo.allreduce(tensors, opts)
-            ended(inner)
-            return inner.get_future().value() if tensors[0].is_sparse else None
-
-        return self._collective(job, tensors, [] if tensors[0].is_sparse else tensors)
-
-    def allreduce_coalesced(self, tensors: Tensors, opts: Any) -> Work:
-        """Reduce each in place."""
-        if not all(ordered.applies(each, opts.reduceOp) for each in tensors):
-            return self._plain(
-                "allreduce_coalesced", tensors, opts, results=tensors, written=tensors
-            )
-        op = opts.reduceOp
-
-        def job(gloo: Gloo) -> None:
-            for each in tensors:
-                ordered.allreduce(gloo, each, op, self._scratch)
-
-        return self._collective(job, tensors, tensors)
-
-    def reduce(self, tensors: Tensors, opts: Any) -> Work:
-        """Reduce to one rank."""
-        (tensor,), op, root = tensors, opts.reduceOp, opts.rootRank
-        written = tensors if root == self._rank else []
-        if not ordered.applies(tensor, op):
-            return self._plain("reduce", tensors, opts, results=tensors, written=written)
-
-        def job(gloo: Gloo) -> None:
-            ordered.reduce(gloo, tensor, op, root)
-
-        return self._collective(job, tensors, written)
-
-    def reduce_scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> Work:
-        """Reduce a list of tensors, each for the rank of its place."""
-        (output,), (parts,) = outputs, inputs
-        if not ordered.applies(output, opts.reduceOp):
-            return self._plain(
-                "reduce_scatter", outputs, inputs, opts, results=outputs, written=outputs
-            )
-        op = opts.reduceOp
-
-        def job(gloo: Gloo) -> None:
-            whole = torch.cat([each.reshape(-1) for each in parts])
-            ordered.reduce_scatter(gloo, output, whole, op, self._scratch)
-
-        return self._collective(job, outputs, outputs)
-
-    def reduce_scatter_single(self, output: torch.Tensor, whole: torch.Tensor, opts: Any) -> Work:
-        """Reduce one tensor, part by part, each for the rank of its place."""
-        return self.reduce_scatter_single_coalesced([output], [whole], opts)
-
-    def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any) -> Work:
-        """Do so with each."""
-        op = opts.reduceOp
-
-        def job(gloo: Gloo) -> None:
-            for output, whole in zip(outputs, inputs, strict=True):
-                if ordered.applies(output, op):
-                    ordered.reduce_scatter(gloo, output, whole.contiguous(), op, self._scratch)
-                else:
-                    ended(gloo._reduce_scatter_base(output, whole, opts))
-
-        return self._collective(job, outputs, outputs)
-
-    # --- copies -----------------------------------------------------------------------------------
-
-    def broadcast(self, tensors: Tensors, opts: Any) -> Work:
-        """From one rank to all."""
-        written = [] if opts.rootRank == self._rank else tensors
-        return self._plain("broadcast", tensors, opts, results=tensors, written=written)
-
-    def allgather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> Work:
-        """From all to all, into lists."""
-        written = [each for row in outputs for each in row]
-        return self._plain("allgather", outputs, inputs, opts, results=outputs, written=written)
-
-    def allgather_coalesced(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> Work:
-        """From all to all, several at once."""
-        written = [each for row in outputs for each in row]
-        return self._plain(
-            "allgather_coalesced", outputs, inputs, opts, results=outputs, written=written
-        )
-
-    def all_gather_single(self, output: torch.Tensor, mine: torch.Tensor, opts: Any = None) -> Work:
-        """From all to all, into one tensor."""
-        return self.all_gather_single_coalesced([output], [mine], opts)
-
-    def all_gather_single_coalesced(
-        self, outputs: Tensors, inputs: Tensors, opts: Any = None
-    ) -> Work:
-        """Do so with each."""
-        opts = opts or AllgatherOptions()
-
-        def job(gloo: Gloo) -> None:
-            for output, mine in zip(outputs, inputs, strict=True):
-                ended(gloo._allgather_base(output, mine, opts))
-
-        return self._collective(job, outputs, outputs)
-
-    def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> Work:
-        """From all to one."""
-        written = [each for row in outputs for each in row]
-        return self._plain("gather", outputs, inputs, opts, results=outputs, written=written)
-
-    def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> Work:
-        """From one to all, each its own."""
-        return self._plain("scatter", outputs, inputs, opts, results=outputs, written=outputs)
-
-    def all_to_all_single(
-        self,
-        output: torch.Tensor,
-        whole: torch.Tensor,
-        output_sizes: list[int],
-        input_sizes: list[int],
-        opts: Any = None,
-    ) -> Work:
-        """Each to each its own part of a tensor."""
-        return self._plain(
-            "alltoall_base",
-            *(output, whole, output_sizes, input_sizes, opts or AllToAllOptions()),
-            results=[output],
-            written=[output],
-        )
-
-    def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Work:
-        """Each to each its own tensor; gloo has it only for parts of one."""
-        first = inputs[0]
-
-        def job(gloo: Gloo) -> None:
-            whole = torch.cat([each.reshape(-1) for each in inputs])
-            received = first.new_empty(sum(each.numel() for each in outputs))
-            sizes = [[each.numel() for each in given] for given in (outputs, inputs)]
-            ended(gloo.alltoall_base(received, whole, *sizes, opts or AllToAllOptions()))
-            for each, part in zip(outputs, torch.split(received, sizes[0]), strict=True):
-                each.copy_(part.view_as(each))
-
-        return self._collective(job, outputs, outputs)
-
-    def barrier(self, opts: Any = None) -> Work:
-        """Until all have come."""
-        return self._plain("barrier", opts or BarrierOptions(), results=[], written=[])
-
-    def monitored_barrier(self, timeout: timedelta, wait_all_ranks: bool = False) -> None:
-        """Until all have come; rank 0 names who did not. torch itself asks only gloo.
-
-        Raises:
-            GroupBrokenError: Somebody did not come in time.
-        """
-
-        def job(gloo: Gloo) -> None:
-            try:
-                gloo.monitored_barrier(timeout, wait_all_ranks)
-            except RuntimeError as error:
-                raise LinkError(str(error)) from None
-
-        self._collective(job, [], []).wait()
-
-    # Names of older torch.
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    alltoall_base = all_to_all_single
-
-    # --- messages ---------------------------------------------------------------------------------
-
-    def send(self, tensors: Tensors, to: int, tag: int) -> Work:
-        """To one rank."""
-        self.sent[to] += 1
-        return self._message([to], lambda gloo: gloo.send(tensors, to, tag), tensors, [])
-
-    def recv(self, tensors: Tensors, source: int, tag: int) -> Work:
-        """From one rank."""
-        self.received[source] += 1
-        return self._message(
-            [source], lambda gloo: gloo.recv(tensors, source, tag), tensors, tensors
-        )
-
-    def recv_anysource(self, tensors: Tensors, tag: int) -> Work:
-        """From whichever rank is first."""
-        everybody = range(len(self.ranks))
-        self.received[-1] += 1
-        return self._message(
-            everybody, lambda gloo: gloo.recv_anysource(tensors, tag), tensors, tensors
-        )
-
-    def _message(
-        self,
-        peers: Sequence[int],
-        issue: Callable[[Gloo], Work],
-        tensors: Tensors,
-        written: Tensors,
-    ) -> Work:
-        links = self._links
-        if self._broken is None:
-            try:
-                inner = issue(links.peer(peers))
-            except LinkError as error:
-                self._on_break(str(error), links)
+    def _run(self, work: Collective) -> None:
+        """Have it end."""
+        operation = work.operation
+        assert operation is not None
+        try:
+            with torch.inference_mode():
+                while not self._answered(operation):
+                    links = self.live()
+                    try:
+                        work.whole(links.use(lambda gloo: self._do(operation, gloo)))
+                        break
+                    except LinkError as error:
+                        self.on_break(str(error), links)
+        except GroupBrokenError as why:
+            work.gave_up(why)
+        except ReplayError as error:
+            if self.alone:
+                work.refused(error)
             else:
-                return Delegated(inner, tensors, written, partial(self._message_failed, links))
-        return self._given(tensors, written)
+                self.mark_broken(str(error))
+                work.gave_up(GroupBrokenError(self.label, str(error)))
+        except Exception as error:  # noqa: BLE001 - the caller's mistake, said where it waits
+            work.refused(error)
+            if self.kept is not None:
+                self.kept.add(Entry(operation.signature, None))
 
-    def _message_failed(self, links: GlooLinks, error: Exception | None) -> GroupBrokenError:
-        return self._on_break(str(error or "a message was given up"), links)
+    def _answered(self, operation: Operation) -> bool:
+        """Give it its result, if that is known."""
+        if self._startup is not None:
+            self._startup.answer(operation)
+            return True
+        entry = self.kept.at(operation.index) if self.kept is not None else None
+        if entry is None:
+            return False
+        if entry.signature != operation.signature:
+            msg = (
+                f"operation {operation.index} is {operation.signature!r} where the others did "
+                f"{entry.signature!r}: a rank that begins again has to do the same"
+            )
+            raise ReplayError(msg)
+        assert entry.data is not None
+        fill(operation.outputs, entry.data)
+        return True
+
+    def _do(self, operation: Operation, gloo: Gloo) -> list[Any] | None:
+        """Run it. What is kept goes to the caller's tensors at the very end."""
+        if self.kept is None:
+            return operation.job(gloo, operation.outputs)
+        room = self.kept.room(operation.outputs) if operation.kept else None
+        if room is None:
+            self.unkept = operation.index  # the caller's tensors change while it runs
+        into = operation.outputs if room is None else views(room, operation.outputs)
+        results = operation.job(gloo, into)
+        self.kept.add(Entry(operation.signature, room, operation.recorded))
+        if room is not None:
+            fill(operation.outputs, room)
+        if operation.proves and boundary.let_gone < boundary.latest:
+            self._let_go(operation.index)
+        return results
+
+    # --- boundaries -------------------------------------------------------------------------------
+
+    def mark(self, tick: int) -> None:
+        """A boundary is reached."""
+        assert self.kept is not None
+        with self._changed:
+            mark = Mark(self.asked, self.sent.total() + self.received.total())
+        begun = self.kept.mark(tick, mark)
+        if begun and self.member == 0:
+            startup.publish(self._store, begun)
+
+    def _let_go(self, place: int) -> None:
+        """All members have asked for what is there: if that is the world, they were at the mark."""
+        assert self.kept is not None
+        tick = boundary.latest
+        mark = self.kept.marks.get(tick)
+        if mark is None or place < mark.asked or len(self.ranks) < dist.get_world_size():
+            return
+        boundary.let_gone = tick
+        for group in list(groups.values()):
+            if group.kept is not None:
+                group.kept.let_go(tick)
 
     # --- groups of its members --------------------------------------------------------------------
 
@@ -410,13 +365,13 @@ class Group(ProcessGroup):
     ) -> Group | None:
         """A group of some of the members, by their ranks in this one; None for the others."""
         del opts, device_types
-        if self._rank not in new_ranks:
+        if self.member not in new_ranks:
             return None
         name = group_name or f"{self.group_name}:{','.join(map(str, new_ranks))}"
         made = Group(
             name,
             [self.ranks[each] for each in new_ranks],
-            new_ranks.index(self._rank),
+            new_ranks.index(self.member),
             PrefixStore(f"split/{name}", self._store),
             timeout or self._timeout,
         )

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from mnemo.comm.c10d import PrefixStore
 from mnemo.comm.group import Group, groups
-from mnemo.comm.waiting import wait_for
+from mnemo.comm.kept import boundary
+from mnemo.comm.modes import mode
+from mnemo.comm.replacing import Replacement
+from mnemo.comm.waiting import PATIENCE, wait_for
 from mnemo.errors import CommError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from mnemo.comm.c10d import Store
-
-PATIENCE = timedelta(seconds=60)
-"""How long all members of an epoch may take to say how they left the last one."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,54 @@ def mark_broken(ranks: Collection[int], why: str) -> None:
             group.mark_broken(why)
 
 
+def give_up(why: str) -> None:
+    """End what waits in groups that lost a member, as `mark_broken` does.
+
+    Args:
+        why: What happened, for messages.
+    """
+    for group in list(groups.values()):
+        if group.held:
+            group.mark_broken(why)
+
+
+def mark(tick: int) -> None:
+    """A step boundary: a process that takes this rank's place may begin here.
+
+    Called by the thread that trains, on all ranks between the same operations, once all that such a
+    process needs is kept somewhere. Results from before the last boundary that all have reached are
+    let go. Without replacing of ranks this does nothing.
+
+    Args:
+        tick: Greater than all before.
+    """
+    if not mode.replaceable:
+        return
+    for group in list(groups.values()):
+        group.mark(tick)
+    boundary.latest = tick
+
+
+def pass_update(tick: int) -> None:
+    """Wait until all ranks have come here; right before an optimizer changes what ranks share.
+
+    Called by the thread that trains, on all ranks. Only the first update after a boundary waits.
+
+    Args:
+        tick: That of the last boundary.
+
+    Raises:
+        GroupBrokenError: A result may be poisoned, as of `check`.
+    """
+    world = dist.group.WORLD
+    begun = boundary.updating is not None and boundary.updating[0] >= tick
+    if mode.replaceable and isinstance(world, Group) and not begun:
+        check()
+        boundary.updating = (tick, world.asked)
+        world.barrier().wait()
+    check()
+
+
 def check() -> None:
     """Raise if any result may be poisoned; to be called before a result changes the state.
 
@@ -62,25 +109,36 @@ def check() -> None:
             raise group.broken.again()
 
 
-def reconfigure(membership_epoch: int, members: Sequence[int], store: Store) -> Changes:
+def reconfigure(
+    membership_epoch: int,
+    members: Sequence[int],
+    store: Store,
+    joining: Mapping[int, int] | None = None,
+) -> Changes:
     """Replace the communicators that have to be, and no others. Called by all ranks.
 
-    Those of groups with a member that has come since they were made; and of those which were caught
-    in the middle of something: where members have asked for different numbers of operations, or one
-    saw it break. What is under way in these ends as broken. Group objects stay as they are. Nothing
-    is connected before it is used.
+    Those of groups with a member that has come since they were made, and of those which saw a
+    break. Group objects stay as they are. Nothing is connected before it is used.
+
+    Where lost ranks can be replaced, what is under way goes on afterwards: what another member has
+    the result of is given, the rest is run again. Otherwise it ends as broken, and groups whose
+    members have asked for different numbers of operations get new communicators, too.
 
     Args:
         membership_epoch: Greater than all before.
         members: For each rank, the membership epoch since which its process is a member; 0 for
             those that were there at first.
         store: What all members reach. Keys are put below ``mnemo/<membership epoch>``.
+        joining: The tick of the boundary at which each new process begins. A new process has to say
+            its own; the others wait to reach those that they are told of.
 
     Returns:
         What was done.
 
     Raises:
         CommError: A member did not take part in time, or ``members`` does not fit.
+        ReplayError: What is under way cannot go on; on all members, and before any link is used.
+        GroupBrokenError: Another rank was lost meanwhile; a later membership epoch may do it.
     """
     if len(members) != dist.get_world_size() or max(members) > membership_epoch:
         msg = (
@@ -89,6 +147,9 @@ def reconfigure(membership_epoch: int, members: Sequence[int], store: Store) -> 
         )
         raise CommError(msg)
     here = PrefixStore(f"mnemo/{membership_epoch}", store)
+    if mode.replaceable:
+        new = Replacement(membership_epoch, members, here, joining or {}).run()
+        return Changes(frozenset(new), frozenset(groups) - new)
     ours = list(groups.values())
     old = {group.key for group in ours if max(members[r] for r in group.ranks) > group.built}
     kept = [group for group in ours if group.key not in old]

@@ -3,8 +3,8 @@
 gloo's ring adds the ranks' numbers in an order that depends on the place in the tensor, so a
 changed bucket layout changes the last bits. Here each number is reduced in the order of ranks,
 wherever it lies: every rank gets one part of the tensor from all others, reduces it, and gives it
-back. That moves the ring's bytes. What is commutative and has two members needs none of it, and
-gloo's own is used, as for whole numbers.
+back. That moves the ring's bytes. Two ranks give each other all. For whole numbers gloo's own is
+used.
 """
 
 from __future__ import annotations
@@ -47,29 +47,69 @@ _PAIRWISE: dict[Any, Pairwise] = {
 def applies(tensor: torch.Tensor, op: Any) -> bool:
     """Whether the order matters for these numbers, and the operation is one of those here."""
     floating = tensor.is_floating_point() and tensor.layout == torch.strided
-    return floating and ReduceOp.RedOpType(_kind(op)) in _PAIRWISE
+    return floating and ReduceOp.RedOpType(kind_of(op)) in _PAIRWISE
 
 
-def allreduce(gloo: Gloo, tensor: torch.Tensor, op: Any, scratch: Scratch) -> None:
-    """Reduce ``tensor`` in place, on all ranks."""
-    flat, kind, size = flattened(tensor), _kind(op), gloo.size()
-    if flat.numel() == 0 or size == 1:
-        return
-    if size == 2 and kind in (ReduceOp.SUM, ReduceOp.AVG, ReduceOp.PRODUCT):
-        options = AllreduceOptions()
-        options.reduceOp = ReduceOp.PRODUCT if kind == ReduceOp.PRODUCT else ReduceOp.SUM
-        ended(gloo.allreduce([flat], options))
-        if kind == ReduceOp.AVG:
-            flat.div_(size)
-    elif flat.nbytes <= SMALL_BYTES:
-        everything = scratch.like(flat, size * flat.numel())
-        ended(gloo._allgather_base(everything, flat, AllgatherOptions()))
-        flat.copy_(_reduced(everything.view(size, -1), kind))
+def allreduce(
+    gloo: Gloo, tensor: torch.Tensor, into: torch.Tensor, op: Any, scratch: Scratch
+) -> None:
+    """Reduce ``tensor`` on all ranks.
+
+    Args:
+        gloo: The communicator.
+        tensor: This rank's numbers.
+        into: Where the result goes: the same tensor, or a contiguous one of its shape, and then
+            ``tensor`` stays as it is.
+        op: The reduction.
+        scratch: For what comes from others.
+    """
+    if into is not tensor:
+        flat, target = tensor.contiguous().view(-1), into.view(-1)
+    elif torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        flat = target = flattened(tensor)
     else:
-        _allreduce_in_parts(gloo, flat, kind, scratch)
+        whole = tensor.contiguous()
+        allreduce(gloo, whole, whole, op, scratch)
+        tensor.copy_(whole)
+        return
+    if flat.numel() == 0:
+        return
+    if not applies(tensor, op) or gloo.size() == 1:
+        if target is not flat:
+            target.copy_(flat)
+        options = AllreduceOptions()
+        options.reduceOp = op
+        ended(gloo.allreduce([target], options))
+        return
+    kind = kind_of(op)
+    if gloo.size() == 2:
+        _allreduce_of_two(gloo, flat, target, kind, scratch)
+    elif flat.nbytes <= SMALL_BYTES:
+        everything = scratch.like(flat, gloo.size() * flat.numel())
+        ended(gloo._allgather_base(everything, flat, AllgatherOptions()))
+        target.copy_(_reduced(everything.view(gloo.size(), -1), kind))
+    else:
+        _allreduce_in_parts(gloo, flat, target, kind, scratch)
 
 
-def _allreduce_in_parts(gloo: Gloo, flat: torch.Tensor, kind: Any, scratch: Scratch) -> None:
+def _allreduce_of_two(
+    gloo: Gloo, flat: torch.Tensor, target: torch.Tensor, kind: Any, scratch: Scratch
+) -> None:
+    """Each gives the other all: the bytes of a ring of two, in one round."""
+    received = scratch.like(flat, flat.numel()) if target is flat else target
+    other = 1 - gloo.rank()
+    works = [gloo.recv([received], other, _TAG), gloo.send([flat], other, _TAG)]
+    for each in works:
+        ended(each)
+    first, second = (received, flat) if other == 0 else (flat, received)
+    _PAIRWISE[ReduceOp.RedOpType(kind)](first, second, out=target)
+    if kind == ReduceOp.AVG:
+        target.div_(2)
+
+
+def _allreduce_in_parts(
+    gloo: Gloo, flat: torch.Tensor, target: torch.Tensor, kind: Any, scratch: Scratch
+) -> None:
     size = gloo.size()
     part = flat.numel() // size
     parts = [part] * (size - 1) + [flat.numel() - part * (size - 1)]
@@ -78,7 +118,7 @@ def _allreduce_in_parts(gloo: Gloo, flat: torch.Tensor, kind: Any, scratch: Scra
     ended(gloo.alltoall_base(received, flat, [mine] * size, parts, AllToAllOptions()))
     reduced = _reduced(received.view(size, mine), kind)
     # By messages, straight into place: gloo's all-gather of this size makes and copies another.
-    me, segments = gloo.rank(), torch.split(flat, parts)
+    me, segments = gloo.rank(), torch.split(target, parts)
     segments[me].copy_(reduced)
     others = [(me + each) % size for each in range(1, size)]
     works = [gloo.recv([segments[each]], each, _TAG) for each in others]
@@ -93,7 +133,7 @@ def reduce_scatter(
     """Reduce each part, as long as ``output``, for the rank of its place."""
     received = scratch.like(output, parts.numel())
     ended(gloo.alltoall_base(received, parts.view(-1), [], [], AllToAllOptions()))
-    output.copy_(_reduced(received.view(gloo.size(), -1), _kind(op)).view_as(output))
+    output.copy_(_reduced(received.view(gloo.size(), -1), kind_of(op)).view_as(output))
 
 
 def reduce(gloo: Gloo, tensor: torch.Tensor, op: Any, root: int) -> None:
@@ -105,7 +145,7 @@ def reduce(gloo: Gloo, tensor: torch.Tensor, op: Any, root: int) -> None:
         return
     gathered = tensor.new_empty((gloo.size(), *tensor.shape))
     ended(gloo.gather([list(gathered)], [tensor], options))
-    tensor.copy_(_reduced(gathered, _kind(op)))
+    tensor.copy_(_reduced(gathered, kind_of(op)))
 
 
 def _reduced(rows: torch.Tensor, kind: Any) -> torch.Tensor:
@@ -126,7 +166,8 @@ def flattened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1)
 
 
-def _kind(op: Any) -> Any:
+def kind_of(op: Any) -> Any:
+    """The reduction without its factor."""
     return op.op if isinstance(op, ReduceOp) else op
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from datetime import timedelta
 
     from mnemo.comm.c10d import Store
 
+PATIENCE = timedelta(seconds=60)
+"""How long others may take to come, or to say how they left the last membership epoch."""
 _FIRST_S, _LONGEST_S = 0.001, 0.008
 
 

@@ -19,6 +19,7 @@ from mnemo.comm.c10d import Work
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from mnemo.comm.operation import Operation
     from mnemo.errors import GroupBrokenError
 
 _FOREVER = timedelta(0)
@@ -43,15 +44,19 @@ def poison(tensors: Iterable[torch.Tensor]) -> None:
 
 
 class Collective(Work):
-    """A collective, run by a thread of the communicator.
+    """A collective, run by a thread of the group.
 
     Args:
+        operation: What is to be done.
         results: What `get_future` is to hold, as gloo has it.
         written: The tensors of the caller that it writes to: poisoned if it breaks.
     """
 
-    def __init__(self, results: list[Any], written: list[torch.Tensor]) -> None:
+    def __init__(
+        self, operation: Operation, results: list[Any], written: list[torch.Tensor]
+    ) -> None:
         super().__init__()
+        self.operation: Operation | None = operation
         self._results = results
         self._written = written
         self._grad, self._backward = torch.is_grad_enabled(), in_backward()
@@ -81,7 +86,7 @@ class Collective(Work):
         Returns:
             Whether `settle` is to follow.
         """
-        self._written = []
+        self._written, self.operation = [], None
         with self._lock:
             self._done.set()
             return self._future is not None
