@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mnemo.membership.store import Answer
 
     Ask = Callable[[Op], Awaitable[Answer]]
+    Process = subprocess.Popen[bytes]
 
 
 async def _ask(store: Store, op: Op) -> Answer:
@@ -61,8 +62,8 @@ async def _c10d(path: Path) -> AsyncIterator[tuple[Ask, Ask]]:
 
 
 @contextlib.contextmanager
-def _etcd_process(path: Path) -> Iterator[str]:
-    """Where it is."""
+def _etcd_process(path: Path) -> Iterator[tuple[str, Process]]:
+    """Where it is, and what."""
     if not shutil.which("etcd"):
         pytest.skip("there is no etcd (apt-get install etcd-server)")
     with held_port() as port, held_port() as peers:
@@ -78,7 +79,7 @@ def _etcd_process(path: Path) -> Iterator[str]:
     command = ["etcd", *(f"{flag}={value}" for flag, value in flags.items())]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        yield url
+        yield url, process
     finally:
         process.kill()
         process.wait()
@@ -87,7 +88,7 @@ def _etcd_process(path: Path) -> Iterator[str]:
 @contextlib.asynccontextmanager
 async def _etcd(path: Path) -> AsyncIterator[tuple[Ask, Ask]]:
     one, other = EtcdStores("r"), EtcdStores("r")
-    with _etcd_process(path) as url:
+    with _etcd_process(path) as (url, _):
         stores = [await each.store(url) for each in (one, other)]
         await asyncio.wait_for(_answers(stores[0]), 60)
         yield (lambda op: _ask(stores[0], op), lambda op: _ask(stores[1], op))
@@ -157,5 +158,29 @@ def test_what_a_run_has_in_etcd_is_removed_unless_another_agent_has_come(tmp_pat
         await stores.close()
         await others.close()
 
-    with _etcd_process(tmp_path) as url:
+    with _etcd_process(tmp_path) as (url, _):
         asyncio.run(check(url))
+
+
+def test_the_next_member_of_etcd_is_asked_when_one_does_not_answer(tmp_path: Path) -> None:
+    """But none of another etcd, in which other nodes might meet."""
+
+    async def check(gone: str, url: str, process: Process, another: str) -> None:
+        stores = EtcdStores("r")
+        for each in (url, another):
+            await asyncio.wait_for(_answers(await stores.store(each)), 60)
+        store = await stores.store(f"{gone},{url},{another}")
+        with pytest.raises(StoreLostError, match=gone):
+            await store.get(("a",))
+        assert await store.get(("a",)) == (None,)
+        process.kill()
+        process.wait()
+        with pytest.raises(StoreLostError, match=url):
+            await store.get(("a",))
+        with pytest.raises(StoreLostError, match=f"{another} .* belongs to cluster"):
+            await store.get(("a",))
+        await stores.close()
+
+    others = (tmp_path / "one", tmp_path / "another")
+    with held_port() as port, _etcd_process(others[0]) as one, _etcd_process(others[1]) as another:
+        asyncio.run(check(f"http://127.0.0.1:{port}", one[0], one[1], another[0]))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.client
-from typing import Any, Final
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
 
 from mnemo.errors import StoreLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _MOST_KEYS: Final = 100
 """Read in one transaction, of which etcd takes 128 by default."""
@@ -21,22 +25,19 @@ def _text(value: bytes) -> str:
 
 
 class EtcdStore:
-    """One connection to etcd.
+    """A connection to etcd: to one of its members, and to the next one when that does not answer.
 
     Args:
-        url: Of its client port, such as ``http://etcd:2379``.
+        urls: Of the members' client ports, such as ``http://etcd:2379``.
         prefix: Of all keys.
         patience_s: Seconds that an answer may take.
     """
 
-    def __init__(self, url: str, prefix: str, patience_s: float = 1.0) -> None:
-        self._url = url
+    def __init__(self, urls: Sequence[str], prefix: str, patience_s: float = 1.0) -> None:
         self._prefix = prefix
-        parts = urlsplit(url)
-        kind = (
-            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        )
-        self._connection = kind(parts.hostname or "", parts.port or 2379, timeout=patience_s)
+        self._members = deque((url, _connection(url, patience_s)) for url in urls)
+        """First the one that is asked."""
+        self._cluster = ""
         self._lock = asyncio.Lock()
 
     async def get(self, keys: tuple[str, ...]) -> tuple[bytes | None, ...]:
@@ -96,7 +97,8 @@ class EtcdStore:
 
     def close(self) -> None:
         """Hang up."""
-        self._connection.close()
+        for _, connection in self._members:
+            connection.close()
 
     def _key(self, key: str) -> str:
         return _text(f"{self._prefix}{key}".encode())
@@ -109,17 +111,38 @@ class EtcdStore:
             return await asyncio.to_thread(self._exchange, what, msgspec.json.encode(request))
 
     def _exchange(self, what: str, request: bytes) -> dict[str, Any]:
+        url, connection = self._members[0]
         try:
-            self._connection.request("POST", f"/v3/kv/{what}", request)
-            answer = self._connection.getresponse()
+            connection.request("POST", f"/v3/kv/{what}", request)
+            answer = connection.getresponse()
             content = answer.read()
             if answer.status == http.client.OK:
-                return msgspec.json.decode(content, type=dict[str, Any])
+                return self._of_one_cluster(msgspec.json.decode(content, type=dict[str, Any]))
             why = f"HTTP {answer.status}: {content[:200].decode(errors='replace')}"
         except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
             why = str(error) or type(error).__name__
-        self._connection.close()
-        raise StoreLostError(f"etcd at {self._url} gives no answer: {why}")
+        connection.close()
+        self._members.rotate(-1)
+        raise StoreLostError(f"etcd at {url} gives no answer: {why}")
+
+    def _of_one_cluster(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """An answer of any member of the cluster that the first came from.
+
+        Raises:
+            OSError: It is of another, where other nodes might meet.
+        """
+        cluster = str(answer.get("header", {}).get("cluster_id", ""))
+        self._cluster = self._cluster or cluster
+        if cluster != self._cluster:
+            msg = f"it belongs to cluster {cluster}, and those before to {self._cluster}"
+            raise OSError(msg)
+        return answer
+
+
+def _connection(url: str, patience_s: float) -> http.client.HTTPConnection:
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.hostname or "", parts.port or 2379, timeout=patience_s)
 
 
 def _values(answer: dict[str, Any]) -> list[bytes | None]:
@@ -142,9 +165,10 @@ class EtcdStores:
         self._stores: dict[str, EtcdStore] = {}
 
     async def store(self, place: str) -> EtcdStore:
-        """See `mnemo.membership.Stores`; a place is a URL."""
+        """See `mnemo.membership.Stores`; a place is URLs with commas between."""
         if place not in self._stores:
-            self._stores[place] = EtcdStore(place, self._prefix, self._patience_s)
+            urls = place.split(",")
+            self._stores[place] = EtcdStore(urls, self._prefix, self._patience_s)
         return self._stores[place]
 
     async def warm_up(self) -> None:
