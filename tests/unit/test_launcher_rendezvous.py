@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
 
-from mnemo.errors import LaunchError
+from mnemo.errors import ConfigError, LaunchError
 from mnemo.launcher import rendezvous
 from mnemo.launcher.rendezvous import Nodes
 
@@ -92,9 +93,49 @@ def test_the_own_place_is_the_endpoint_or_has_its_port() -> None:
     with socket.socket() as listener:
         listener.bind(("", port))
         listener.listen()
-        found = place(own)
+        found = place(other, own)
         assert found.startswith("127.0.0.1:")
         assert found != own
+
+
+def test_another_programs_port_is_not_where_nodes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_LEAVES_S", 0.1)
+    with socket.create_server(("", 0)) as listener:
+        own = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(LaunchError, match=f"nodes meet at {own} here, where another program"):
+            place(own)
+
+
+def test_a_store_that_is_just_ending_is_waited_for() -> None:
+    listener = socket.create_server(("", 0))
+    own = f"127.0.0.1:{listener.getsockname()[1]}"
+    ends = threading.Timer(0.2, listener.close)
+    ends.start()
+    assert place(own) == own
+    ends.join()
+
+
+@pytest.mark.parametrize(
+    ("host", "places", "seen"),
+    [
+        ("10.0.0.1", ("127.0.1.1:1", "10.0.0.2:1"), ("10.0.0.1:1", "10.0.0.2:1")),
+        ("fd00::1", ("[::1]:1", "b.invalid:1"), ("[fd00::1]:1", "b.invalid:1")),
+        ("10.0.0.1", ("127.0.0.1:1", "10.0.0.1:1"), ("10.0.0.1:1",)),
+        ("127.0.0.1", ("127.0.0.1:1", "127.0.0.1:2"), ("127.0.0.1:1", "127.0.0.1:2")),
+    ],
+)
+def test_a_name_that_is_loopback_here_is_another_address_for_others(
+    host: str, places: tuple[str, ...], seen: tuple[str, ...]
+) -> None:
+    """As distributions have it in /etc/hosts for the machine's own name."""
+    rendezvous.require_reachable(host, places)
+    assert rendezvous.as_others_see(places, host) == seen
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_loopback_is_no_address_for_other_nodes(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"look for this one at {host}, .*network.interface"):
+        rendezvous.require_reachable(host, ("127.0.0.1:1", "10.0.0.2:1"))
 
 
 def test_agents_on_one_machine_have_places_of_their_own_before_they_listen() -> None:

@@ -53,8 +53,8 @@ def join(
         say: Tells the user.
 
     Raises:
-        ConfigError: There is no secret, or no such interface.
-        LaunchError: The endpoint is none.
+        ConfigError: There is no secret, or no such interface, or others cannot reach it.
+        LaunchError: The endpoint is none, or another program's.
     """
     file = os.environ.get("MNEMO_SECRET_FILE")
     if not file:
@@ -65,15 +65,16 @@ def join(
         )
     host = host_of(interface)
     etcd = backend == "etcd"
-    if etcd:
-        endpoint = endpoint.partition(",")[0]
     places = rendezvous.endpoints(endpoint, rendezvous.PORTS[backend])
     for name in rendezvous.unknown(places):
         say(f"--rdzv-endpoint: the host {name} is not known here; looking for the run elsewhere")
+    rendezvous.require_reachable(host, places)
     stores: C10dStores | EtcdStores
     if etcd:
         store, stores = "", EtcdStores(run_id)
+        places = (",".join(f"http://{place}" for place in places),)
     else:
+        places = rendezvous.as_others_see(places, host)
         store, claim = rendezvous.claim_place(host, places)
         stores = C10dStores(run_id, claim)
     home = paths.directory.parent
@@ -87,7 +88,7 @@ def join(
     )
     return Cluster(
         me,
-        tuple(f"http://{place}" for place in places[:1]) if etcd else places,
+        places,
         nodes,
         rules=Rules(nodes=nodes.count, spares=nodes.spares, give_up_s=wait_s, arbiter=etcd),
         seal=Seal(auth.load_or_create_secret(Path(file)), run_id),

@@ -7,12 +7,13 @@ import contextlib
 import ipaddress
 import re
 import socket
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import psutil
 
-from mnemo.errors import LaunchError, StoreLostError
+from mnemo.errors import ConfigError, LaunchError, StoreLostError
 from mnemo.membership.records import HEAD
 from mnemo.transport.address import Address
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 PORTS: Final[Mapping[str, int]] = {"static": 29400, "c10d": 29400, "etcd": 2379}
 """Default port of each backend."""
+_LEAVES_S: Final = 2.0
+"""How long the Store of an agent that was killed may take to end."""
+_LOOK_S: Final = 0.05
 _ENDPOINT: Final = re.compile(r"(?P<host>\[[0-9a-fA-F:]+\]|[^:,\[\]]+)(:(?P<port>\d{1,5}))?")
 
 
@@ -126,8 +130,48 @@ def _resolve(host: str) -> str:
 
 def unknown(places: tuple[str, ...]) -> list[str]:
     """Hosts of `endpoints` that have no address here."""
-    hosts = [place.rpartition(":")[0].strip("[]") for place in places]
+    hosts = [_host(place) for place in places]
     return [host for host in hosts if not _resolve(host)]
+
+
+def require_reachable(host: str, places: tuple[str, ...]) -> None:
+    """Check that other nodes can mean this one by ``host``, unless all are on this machine.
+
+    Args:
+        host: The address that other nodes are told.
+        places: See `endpoints`.
+
+    Raises:
+        ConfigError: It is loopback, and where they meet is not.
+    """
+    if _is_loopback(host) and not all(_is_loopback(_host(place)) for place in places):
+        raise ConfigError(
+            f"other nodes would look for this one at {host}, which is their own: set "
+            "network.interface to the name of the interface that they reach it by"
+        )
+
+
+def as_others_see(places: tuple[str, ...], host: str) -> tuple[str, ...]:
+    """``places``, with ``host`` for the name that this machine knows as loopback: its own."""
+    seen = [
+        str(Address(host, _port(place))) if _is_loopback(_host(place)) else place
+        for place in places
+    ]
+    return tuple(dict.fromkeys(seen))
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):  # a name
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def _host(place: str) -> str:
+    return place.rpartition(":")[0].strip("[]")
+
+
+def _port(place: str) -> int:
+    return int(place.rpartition(":")[2])
 
 
 def claim_place(host: str, places: tuple[str, ...]) -> tuple[str, socket.socket]:
@@ -139,16 +183,28 @@ def claim_place(host: str, places: tuple[str, ...]) -> tuple[str, socket.socket]
 
     Returns:
         The place, and what holds it against other agents on this machine until it is closed.
+
+    Raises:
+        LaunchError: The run's first Store has to be here, and another program has its port.
     """
     own = {
         entry.address.partition("%")[0]
         for found in psutil.net_if_addrs().values()
         for entry in found
     }
-    port = int(places[0].rpartition(":")[2])
-    mine = [place for place in places if place.rpartition(":")[0].strip("[]") in own]
+    port = _port(places[0])
+    mine = [place for place in places if _host(place) in own]
     wanted = mine[0] if mine else str(Address(host, port))
-    claim = _claim(int(wanted.rpartition(":")[2]))
+    claim = _claim(_port(wanted))
+    deadline = time.monotonic() + _LEAVES_S
+    while claim is None and wanted == places[0] and not _is_an_agents(_port(wanted)):
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"--rdzv-endpoint: nodes meet at {wanted} here, where another program listens: use "
+                "another port, on all nodes"
+            )
+        time.sleep(_LOOK_S)
+        claim = _claim(_port(wanted))
     while claim is None:  # another agent has it, or will host there before long
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -162,16 +218,34 @@ def _claim(port: int) -> socket.socket | None:
 
     By a name that ends with its process and is known where the port is: in the network namespace.
     """
-    claim = socket.socket(socket.AF_UNIX)
+    claim = _name(port)
     try:
-        claim.bind(f"\0mnemo-store-{port}")
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
     except OSError:
-        claim.close()
+        if claim is not None:
+            claim.close()
         return None
     return claim
+
+
+def _name(port: int) -> socket.socket | None:
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(f"\0mnemo-store-{port}")
+    except OSError:
+        name.close()
+        return None
+    return name
+
+
+def _is_an_agents(port: int) -> bool:
+    """Whether an agent of this machine has claimed it."""
+    name = _name(port)
+    if name is not None:
+        name.close()
+    return name is None
 
 
 async def is_needed(stores: Stores, places: tuple[str, ...]) -> bool:
