@@ -100,7 +100,7 @@ class World:
         assert not any(node.is_alive and node.name == name for node in self.nodes)
         incarnation = str(sum(node.name == name for node in self.nodes))
         store = "" if self.rules.arbiter else name
-        me = Member(name, incarnation, store=store)
+        me = Member(name, incarnation, name, store)
         rate = self.random.uniform(0.991, 1.009)
         offset = self.random.uniform(-1e6, 1e6)
         places = (self.first_place, *(n.name for n in self.nodes if not self.rules.arbiter))

@@ -18,12 +18,14 @@ SETTINGS = {"MNEMO_PROTECT__NODES": "1+1"}
 
 
 def test_a_rank_dies_and_all_restart_until_that_was_too_often(tmp_path: Path) -> None:
-    with netns.network(tmp_path, 2) as net:
+    with netns.network(tmp_path, 3) as net:
         flags = ("--max-restarts=1",)
-        job = Job(net, tmp_path / "job", "2", 10**6, SETTINGS, flags)
-        here, there = net.hosts
+        job = Job(net, tmp_path / "job", "2:3", 10**6, SETTINGS, flags)
+        here, there, spare = net.hosts
         with job.explained():
-            job.start(*net.hosts)
+            job.start(here, there)
+            job.reach(1)
+            job.start(spare)
             job.reach(10)
             os.kill(ranks_of(there)[0], signal.SIGKILL)
             until("both know", lambda: job.said().count("rank 1 killed by SIGKILL →") >= 2)
@@ -33,7 +35,7 @@ def test_a_rank_dies_and_all_restart_until_that_was_too_often(tmp_path: Path) ->
             assert "rank 1 killed by SIGKILL → resumed from memory at step" in job.said(here)
             assert ", exact" in job.said(here)
             os.kill(ranks_of(there)[0], signal.SIGKILL)
-            assert job.codes() == [137, 137]
+            assert job.codes() == [137, 137, 137]
             assert "giving up with exit code 137" in job.said(there)
             assert "ending with exit code 137" in job.said(here)
 

@@ -132,6 +132,22 @@ def test_a_node_that_wants_another_number_of_nodes_is_refused(tmp_path: Path) ->
     asyncio.run(run())
 
 
+def test_ranks_that_fail_on_two_nodes_at_once_end_the_job_with_one_code(tmp_path: Path) -> None:
+    """Whoever wanted to go on learns of it, too."""
+
+    async def run() -> None:
+        stores, said = Memory(), list[str]()
+        agents = [agent(tmp_path, name, stores, said, 3, **QUICK) for name in "abc"]
+        await asyncio.gather(*(each.take_seat(1) for each in agents))
+        reports = [Report(cause="it failed", code=code) for code in (None, 5, 7)]
+        codes = [await each.report(report) for each, report in zip(agents, reports, strict=True)]
+        assert codes == [None, 5, 5]
+        assert await asyncio.wait_for(agents[0].take_seat(1), 20) == Ended(5)
+        await asyncio.gather(*(each.close() for each in agents))
+
+    asyncio.run(run())
+
+
 def test_the_operators_word_of_a_node_that_lives_is_not_taken(tmp_path: Path) -> None:
     """It was given while nobody waited; then a rank fails, and all nodes go on."""
 

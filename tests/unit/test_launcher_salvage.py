@@ -218,3 +218,13 @@ def test_nothing_stays_in_a_lost_nodes_name_where_it_is_given_up(
 
     asyncio.run(run())
     assert find(RunPaths.of("run", paths.directory / "node-1"), 1.0) is None
+
+
+def test_between_two_trainings_there_is_nothing_to_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "find", lambda *_: Looks(m.Looked()))
+    epoch = Epoch(1, Ballot(0, ""), 1, (Member("a", "0", "node-a"), Member("b", "0")))
+    said: Any = Records()
+    with pytest.raises(SalvageError, match="no training was under way on node node-a"):
+        asyncio.run(Salvage(RunPaths.of("run", tmp_path), epoch, 0, said).run((0,)))

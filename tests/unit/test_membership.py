@@ -165,6 +165,21 @@ def test_who_beat_again_after_it_was_left_out_is_waited_for() -> None:
         assert after.committed == state.proposed
 
 
+def test_who_was_lost_is_said_where_somebody_ran_with_it_in_this_launch() -> None:
+    def lost(rules: Rules, state: State, *there: Member) -> tuple[Member, ...] | None:
+        seen = [(Hello(member), Beat(1), 10.0) for member in there]
+        after = decide(rules, STORE, state, _roll(10.0, *seen))
+        return after and after.proposed and after.proposed.lost
+
+    spare, gone = Member("x", "0"), MEMBERS[2]
+    ran = Epoch(1, STORE, 1, MEMBERS[:3], "a/0")
+    again = Epoch(2, STORE, 1, (*MEMBERS[:2], spare), "a/0", lost=(gone,), hollow=True)
+    assert lost(RULES, State(1, ran), *MEMBERS[:2], spare) == (gone,)
+    assert lost(RULES, State(1, again), *MEMBERS[:2], spare) == (gone,)
+    relaunched = [Member(name, "1") for name in "abc"]
+    assert lost(Rules(nodes=3, arbiter=True), State(1, ran), *relaunched) == ()
+
+
 def test_who_was_never_bound_is_no_vote_in_a_new_store() -> None:
     epoch, ballot = Epoch(1, Ballot(0, "z"), 1, MEMBERS[:3]), Ballot(1, "b")
     knows = (Hello(MEMBERS[0], True, epoch), Beat(1), 10.0)
@@ -272,7 +287,7 @@ def test_without_a_spare_it_waits_and_then_gives_up() -> None:
     survivors = world.living()
     assert not any(node.workers for node in survivors)
     assert {node.machine.waits_for for node in survivors} == {
-        "a member was lost, and no other node is here in its place"
+        "node b was lost, and nobody takes its place"
     }
     assert not any(node.machine.has_given_up for node in survivors)
     world.run(30)

@@ -322,7 +322,8 @@ class Agent:
             )
         ends = decision != "restart" or self._stopped_by is not None
         told = f"rank {failed.rank} {cause}"
-        await self._team.report(Report(cause=told, position=position, code=code if ends else None))
+        report = Report(cause=told, position=position, code=code if ends else None)
+        code = await self._team.report(report) or code
         if refusal:
             self._terminal.say(refusal)
             return code
@@ -354,9 +355,9 @@ class Agent:
         exhausted = self._policy.after_failure(news.position) == "exhausted"
         code = 1 if exhausted and news.code is None else news.code
         if code != news.code:
-            await self._team.report(Report(cause=news.cause, code=code))
+            code = await self._team.report(Report(cause=news.cause, code=code))
         then = self._restarting() if code is None else f"ending with exit code {code}"
-        cause = news.cause or "a node does not answer any more"
+        cause = news.cause or news.silent
         if news.cause:
             self._journal.write("failure", cause=cause, noticed=self._moved, decision=then)
         self._terminal.say(f"{time.strftime('%H:%M:%S')} {cause} → {then}")

@@ -29,6 +29,7 @@ from mnemo.launcher.salvage import Salvage, Salvaged
 from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Report
 from mnemo.membership import Driver, Epoch, Machine, Member, Rules, Seal
+from mnemo.membership.records import were_lost
 from mnemo.types import EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ class Cluster:
                         node_rank=me,
                         nodes=len(epoch.members),
                         first_rank=sum(member.ranks for member in epoch.members[:me]),
-                        cause=_what_was_lost(epoch),
+                        cause=were_lost(epoch.lost),
                     )
             self._idle.set()
 
@@ -282,7 +283,7 @@ class Cluster:
         with contextlib.suppress(StoreLostError):
             end = await self._said.read(f"over/{epoch.number}", End)
             if self._earlier is None:
-                self._earlier = epoch.number if end else 0
+                self._earlier = epoch.number if end and self._epoch is None else 0
             if end is not None and epoch.number != self._earlier:
                 return Ended(end.code or 0)
         return None
@@ -302,13 +303,12 @@ class Cluster:
 
     async def why(self) -> Report:
         """See `Team.why`."""
-        self._idle.set()
         assert self._epoch is not None
         end = None
         with contextlib.suppress(StoreLostError):
             end = await self._said.read(f"end/{self._epoch.number}", End)
         if end is None:
-            return Report(cause="")
+            return Report(cause="", silent=self._machine.silent)
         position = Position(*end.position) if end.position else None
         return Report(cause=end.cause, position=position, code=end.code)
 
@@ -324,18 +324,24 @@ class Cluster:
             await asyncio.sleep(_POLL_S)
         return self.is_over
 
-    async def report(self, report: Report) -> None:
-        """See `Team.report`."""
-        self._idle.set()
+    async def report(self, report: Report) -> int | None:
+        """See `Team.report`.
+
+        Where it ends the job this node agrees to no other epoch: the end stands at this one.
+        """
+        if report.code is None:
+            self._idle.set()
         assert self._epoch is not None
         at = report.position
         position = (at.epoch, at.batch, at.step) if at else None
         end = End(report.code, report.cause, position)
+        code = report.code
         with contextlib.suppress(StoreLostError):
             await self._said.put(f"end/{self._epoch.number}", end)
-            if report.code is not None:
-                await self._said.put(f"over/{self._epoch.number}", end)
+            if code is not None:
+                code = (await self._said.put(f"over/{self._epoch.number}", end)).code
         self._driver.end_epoch()
+        return code
 
     async def all_ended(self, code: int) -> int | None:
         """See `Team.all_ended`."""
@@ -357,10 +363,10 @@ class Cluster:
 
     async def close(self) -> None:
         """See `Team.close`."""
-        self._idle.set()
         if self._driving is not None:
             with contextlib.suppress(StoreLostError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._part(), _FAREWELL_S)
+            self._idle.set()
             self._driving.cancel()
             await asyncio.wait({self._driving})
         await self._stores.close()
@@ -381,9 +387,3 @@ class Cluster:
         joined, count = self._machine.joined
         if count:
             await self._stores.forget(self._machine.place, joined, count)
-
-
-def _what_was_lost(epoch: Epoch) -> str:
-    lost = ", ".join(member.address for member in epoch.lost)
-    nodes = "node {} was lost" if len(epoch.lost) == 1 else "nodes {} were lost"
-    return nodes.format(lost) if lost else ""

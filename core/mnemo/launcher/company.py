@@ -80,10 +80,12 @@ class Company:
         deadline = _now() + _SILENCE_S
         while True:
             try:
-                return await self._said.put(key, record)
+                await self._said.put(key, record)
             except StoreLostError:
                 if _now() > deadline:
                     raise
+            else:
+                return
             await asyncio.sleep(_POLL_S)
 
     async def first(self, key: str, kind: type[_T]) -> _T:

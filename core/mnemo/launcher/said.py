@@ -35,15 +35,16 @@ class Said:
         """Those whose keys begin with ``prefix``."""
         return Said(self._stores, self._machine, self._seal, f"{self._prefix}{prefix}/")
 
-    async def put(self, key: str, record: msgspec.Struct) -> None:
-        """Set what is set once: the first stays.
+    async def put(self, key: str, record: _T) -> _T:
+        """Set what is set once; what stands there now: the first stays.
 
         Raises:
             StoreLostError: The Store does not answer.
         """
         key = self._prefix + key
         store = await self._store()
-        await store.compare_set(key, None, self._seal.wrap(key, record))
+        there = await store.compare_set(key, None, self._seal.wrap(key, record))
+        return self._open(key, there, type(record)) or record
 
     async def read(self, key: str, kind: type[_T]) -> _T | None:
         """What it was set to; None if nobody did.
@@ -54,10 +55,12 @@ class Said:
         key = self._prefix + key
         store = await self._store()
         (raw,) = await store.get((key,))
-        if raw is None:
-            return None
-        with contextlib.suppress(MembershipRecordError):  # a stranger's
-            return self._seal.unwrap(key, raw, kind)
+        return self._open(key, raw, kind)
+
+    def _open(self, key: str, raw: bytes | None, kind: type[_T]) -> _T | None:
+        if raw is not None:
+            with contextlib.suppress(MembershipRecordError):  # a stranger's
+                return self._seal.unwrap(key, raw, kind)
         return None
 
     async def _store(self) -> Store:

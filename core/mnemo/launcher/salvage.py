@@ -186,6 +186,8 @@ class Salvage:
         self._parts.append(own)
         self._go_on()
         own.look()
+        if own.looked.fit < 0:
+            raise SalvageError(f"no training was under way on node {self._address(self._rank)}")
         persist, protect = own.looked.persist, own.looked.protect
         if persist is None:
             raise SalvageError("persist.to is not set")

@@ -22,11 +22,13 @@ class Report:
         cause: Who failed and how, in words; empty where it is a node that does not answer.
         position: Where the run was, if that is known.
         code: The exit code that the job ends with; None if all ranks restart.
+        silent: What does not answer, in words, where there is no cause.
     """
 
     cause: str
     position: Position | None = None
     code: int | None = None
+    silent: str = ""
 
 
 class Team(Protocol):
@@ -75,8 +77,12 @@ class Team(Protocol):
         """
         ...
 
-    async def report(self, report: Report) -> None:
-        """Tell the others that this life has failed here; they learn `why`."""
+    async def report(self, report: Report) -> int | None:
+        """Tell the others that this life has failed here; they learn `why`.
+
+        Returns:
+            The report's code, or that of another node which has ended the job before.
+        """
         ...
 
     async def all_ended(self, code: int) -> int | None:
@@ -127,8 +133,9 @@ class Alone:
         del code, tail
         return False
 
-    async def report(self, report: Report) -> None:
-        """Nobody is there to be told."""
+    async def report(self, report: Report) -> int | None:
+        """Nobody else is there to be told."""
+        return report.code
 
     async def all_ended(self, code: int) -> int:
         """They have."""

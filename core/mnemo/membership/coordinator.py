@@ -6,6 +6,8 @@ change names the one that it follows. That usually one node does so keeps the ot
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 from mnemo.membership.plan import (
@@ -16,7 +18,7 @@ from mnemo.membership.plan import (
     is_quorum,
     successors,
 )
-from mnemo.membership.records import Ballot, Epoch, Head, State
+from mnemo.membership.records import Ballot, Epoch, Head, Member, State
 from mnemo.membership.roll import Roll
 from mnemo.membership.rules import Rules
 
@@ -93,11 +95,20 @@ def _next(rules: Rules, ballot: Ballot, state: State, roll: Roll) -> State | Non
             attempt = state.attempt + 1
             number = epoch.number + 1 if epoch else 1
             anchor = anchor_of(members, ballot.place)
-            lost = tuple(m for m in epoch.members if m not in members) if epoch else ()
+            lost = tuple(m for m in _before(epoch, living) if m not in members)
             proposed = Epoch(number, ballot, attempt, members, anchor, lost)
             return State(attempt, committed=epoch, proposed=proposed)
-    over = State(state.attempt, committed=epoch, over=epoch is not None)
+    before = enumerate(epoch.members if epoch else ())
+    gone = tuple(rank for rank, member in before if member.key not in living)
+    over = State(state.attempt, committed=epoch, over=epoch is not None, lost=gone)
     return over if over != state else None
+
+
+def _before(epoch: Epoch | None, living: Collection[str]) -> tuple[Member, ...]:
+    """Who ran last: not who was only decided again, nor who belonged to another launch."""
+    if epoch is None or is_launch(epoch, living):
+        return ()
+    return epoch.lost + epoch.members if epoch.hollow else epoch.members
 
 
 def _is_agreed(rules: Rules, epoch: Epoch | None, proposed: Epoch, roll: Roll) -> bool:

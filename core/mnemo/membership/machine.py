@@ -12,8 +12,19 @@ from typing import Final
 
 from mnemo.errors import StoreLostError
 from mnemo.membership.lease import NEVER
-from mnemo.membership.plan import heirs
-from mnemo.membership.records import HEAD, MOVED, Ballot, Epoch, Head, Hello, Member, Seal, State
+from mnemo.membership.plan import heirs, is_launch
+from mnemo.membership.records import (
+    HEAD,
+    MOVED,
+    Ballot,
+    Epoch,
+    Head,
+    Hello,
+    Member,
+    Seal,
+    State,
+    were_lost,
+)
 from mnemo.membership.roll import Moment
 from mnemo.membership.rules import Rules
 from mnemo.membership.seat import Seat, Turn
@@ -133,19 +144,27 @@ class Machine:
         now, seat = self._moment.now, self._seat
         if self.running is not None:
             return ""
-        if seat is None or now - seat.head_since > self._rules.node_loss_s:
-            return "no Store answers"
+        if seat is None:
+            return f"no Store answers at {', '.join(self._places)}"
+        if now - seat.head_since > self._rules.node_loss_s:
+            return f"no Store answers at {seat.place}"
         if self._is_slow(seat):
             return f"the Store takes {seat.answers_in:.1f} s to answer: its link is too slow"
+        here, nodes = seat.living(), self._rules.nodes
+        if seat.has_looked and is_launch(self.committed, here) and len(here) < nodes:
+            return f"{len(here)} of {nodes} nodes are here"
         if seat.state is not None and seat.state.over and now < self._hope:
-            return "a member was lost, and no other node is here in its place"
+            return f"{were_lost(seat.missing) or 'a member was lost'}, and nobody takes its place"
         if self.committed is not None and now >= self._held:
             return "too few members are here to decide"
         if self.committed is not None and not self._is_in(self.committed):
             return "this node is a spare"
-        if self.committed is None and seat.has_looked and len(seat.living()) < self._rules.nodes:
-            return f"{len(seat.living())} of {self._rules.nodes} nodes are here"
         return "the nodes agree"
+
+    @property
+    def silent(self) -> str:
+        """What does not answer any more, in words, where `running` has just gone for that."""
+        return self._seat.silent if self._seat else ""
 
     @property
     def is_stuck(self) -> bool:

@@ -7,6 +7,7 @@ msgpack record. So no record can be made without the secret, or be moved to anot
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 from typing import Final, TypeVar
 
 import msgspec
@@ -90,6 +91,14 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
         return f"{self.node}/{self.incarnation}"
 
 
+def were_lost(members: Sequence[Member]) -> str:
+    """That they were, in words; empty for none."""
+    addresses = ", ".join(member.address for member in members)
+    if len(members) > 1:
+        return f"nodes {addresses} were lost"
+    return f"node {addresses} was lost" if members else ""
+
+
 class Epoch(msgspec.Struct, frozen=True, array_like=True):
     """One membership.
 
@@ -131,12 +140,14 @@ class State(msgspec.Struct, frozen=True, array_like=True):
         committed: The newest membership that was decided.
         proposed: The next, as long as it is not decided. Nobody runs meanwhile.
         over: ``committed`` has ended, and there are not enough nodes for the next.
+        lost: Node ranks of its members that are lost, then.
     """
 
     attempt: int = 0
     committed: Epoch | None = None
     proposed: Epoch | None = None
     over: bool = False
+    lost: tuple[int, ...] = ()
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):

@@ -92,6 +92,25 @@ class Seat:
         """Where it stands how many have joined, and that number if all are known; else 0."""
         return joined_key(self.ballot), self._roll.count
 
+    @property
+    def missing(self) -> tuple[Member, ...]:
+        """Members without which the others have to go on, as far as this one knows."""
+        state = self.state or State()
+        if state.proposed is not None:
+            return state.proposed.lost
+        return (
+            tuple(state.committed.members[rank] for rank in state.lost) if state.committed else ()
+        )
+
+    @property
+    def silent(self) -> str:
+        """What does not answer any more, in words, where something has to."""
+        if lost := [member.address for member in self.missing]:
+            return f"{', '.join(lost)} {'does' if len(lost) == 1 else 'do'} not answer any more"
+        if self._moment.now - self.head_since > self._rules.fence_s / 2:
+            return f"the Store at {self.place} does not answer any more"
+        return "a node does not answer any more"
+
     def say_hello(self, hello: Hello) -> Turn:
         """Take a slot, if it has none yet."""
         if self._slot:
