@@ -55,7 +55,7 @@ import json
 print(json.dumps({"argv": sys.argv[1:], **os.environ}))
 """)
     words = ["--nproc-per-node", "2", "--rdzv-id=job7", "--role", "trainer", name, "--nnodes", "9"]
-    ended = launch(*words, cwd=tmp_path, TORCHELASTIC_USE_AGENT_STORE="True")
+    ended = launch(*words, cwd=tmp_path)
     assert (ended.code, ended.err.count("OMP_NUM_THREADS=1")) == (0, 1), ended.err
     found = [json.loads(text) for _, text in sorted(logs(0).items())]
     for rank, environ in enumerate(found):
@@ -76,11 +76,12 @@ print(json.dumps({"argv": sys.argv[1:], **os.environ}))
             "TORCHELASTIC_RUN_ID": "job7",
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
             "OMP_NUM_THREADS": "1",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "MNEMO_RUN_ID": "job7",
             "MNEMO_AGENT": environ["MNEMO_AGENT"],
         }
         assert {key: environ.get(key) for key in expected} == expected
-        assert "TORCHELASTIC_USE_AGENT_STORE" not in environ
+        assert environ["MNEMO_CONTROL_FD"].isdecimal()
         assert environ["TORCHELASTIC_ERROR_FILE"].endswith(f"/job7/life-0/rank-{rank}.error.json")
     assert len({environ["MASTER_PORT"] for environ in found}) == 1
 
@@ -392,3 +393,16 @@ def test_a_crash_loop_ends_early_and_names_the_batch(tmp_path: Path) -> None:
     assert "Rank 0 exited with code 1 (ValueError: NaN in sample 9)" in said
     assert "\n  at the batch\n" in said
     assert len(list((tmp_path / "logs").glob("life-*"))) == 3
+
+
+@pytest.mark.parametrize(
+    "words", [("--nproc-per-node=1",), ("recover.in_process=off", "--nproc-per-node=2")]
+)
+def test_ranks_that_are_not_replaced_have_no_channel_and_their_own_store(
+    tmp_path: Path, script: Any, words: tuple[str, ...]
+) -> None:
+    name = script(
+        "print('MNEMO_CONTROL_FD' in os.environ, 'TORCHELASTIC_USE_AGENT_STORE' in os.environ)"
+    )
+    ended = launch(*words, name, cwd=tmp_path, TORCHELASTIC_USE_AGENT_STORE="True")
+    assert {line.rpartition("] ")[2] for line in ended.out.splitlines()} == {"False False"}

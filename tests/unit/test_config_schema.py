@@ -14,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mnemo.config import (
+    InProcess,
     MnemoConfig,
     Overrun,
     Resume,
@@ -51,6 +52,8 @@ def test_defaults() -> None:
         "persist.keep": 3,
         "recover.exact_only": True,
         "recover.grace": 30.0,
+        "recover.in_process": InProcess.auto,
+        "recover.standbys": 1,
         "recover.no_spare": 300.0,
         "recover.then": Then["save-and-exit"],
         "network.interface": "",

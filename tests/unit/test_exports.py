@@ -40,6 +40,7 @@ PUBLIC: dict[str, set[str]] = {
     },
     "mnemo.config": {
         "CONFIG_VARIABLE",
+        "InProcess",
         "MnemoConfig",
         "Overrun",
         "PersistConfig",

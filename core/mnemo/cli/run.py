@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from mnemo.config import (
     CONFIG_VARIABLE,
+    InProcess,
     Then,
     load_config,
     overrides_to_environ,
@@ -140,7 +141,7 @@ def run(
     standalone: Annotated[bool, _flag("--standalone")] = False,
     tee: Annotated[str, _flag("-t", "--tee")] = "0",
 ) -> None:
-    """Train; a rank that dies costs no step, all restart from memory.
+    """Train; a rank that dies costs no step: it is replaced, or all restart from memory.
 
     Takes torchrun's flags and sets torchrun's environment.
     """
@@ -181,6 +182,8 @@ def run(
         grace_s=settings.recover.grace,
         environ=environ,
         hidden=hidden_streams(redirects, local_ranks_filter, ranks),
+        in_process=settings.recover.in_process is InProcess.auto and nodes == Nodes(1),
+        standbys=0 if no_python else settings.recover.standbys,
     )
     terminal = Terminal(colour="NO_COLOR" not in os.environ)
     team = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mnemo.config.load import CONFIG_VARIABLE, ResolvedConfig, load_config
 from mnemo.config.schema import (
+    InProcess,
     MnemoConfig,
     Overrun,
     PersistConfig,
@@ -29,6 +30,7 @@ from mnemo.config.units import (
 
 __all__ = [
     "CONFIG_VARIABLE",
+    "InProcess",
     "MnemoConfig",
     "Overrun",
     "PersistConfig",

@@ -91,11 +91,14 @@ def _above_zero(parse: Callable[[str], float]) -> Callable[[str], float]:
     return checked
 
 
-def _count(text: str) -> int:
-    number = float(text)
-    if not number.is_integer() or number < 1:
-        raise ValueError(f"{text!r} is not a whole number above 0")
-    return int(number)
+def _whole(least: int) -> Callable[[str], int]:
+    def checked(text: str) -> int:
+        number = float(text)
+        if not number.is_integer() or number < least:
+            raise ValueError(f"{text!r} is not a whole number, at least {least}")
+        return int(number)
+
+    return checked
 
 
 def _switch(text: str) -> bool:
@@ -205,7 +208,8 @@ FRACTION: Final = Kind(
     _above_zero(parse_fraction),
     format_fraction,
 )
-COUNT: Final = Kind("a whole number, at least 1", _count)
+COUNT: Final = Kind("a whole number, at least 1", _whole(1))
+NUMBER: Final = Kind("a whole number, at least 0", _whole(0))
 SWITCH: Final = Kind("true or false", _switch, lambda value: str(value).lower())
 NAME: Final = Kind("up to 64 letters, digits, dots, dashes and underscores", _name)
 INTERFACE: Final = Kind(

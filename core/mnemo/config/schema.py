@@ -33,6 +33,15 @@ class Resume(str, Enum):
     """Resume, or fail where there is nothing to resume."""
 
 
+class InProcess(str, Enum):
+    """Whether a rank that dies is replaced while the others stay."""
+
+    auto = "auto"
+    """Where that can be."""
+    off = "off"
+    """All ranks restart."""
+
+
 class Overrun(str, Enum):
     """What happens when a copy is not finished before the next update."""
 
@@ -120,6 +129,10 @@ class RecoverConfig:
     """Only ways of recovery that repeat the undisturbed run bit by bit."""
     grace: Annotated[float, kinds.DURATION] = 30.0
     """Seconds after SIGTERM to save the state and exit with 75."""
+    in_process: Annotated[InProcess, kinds.choice(InProcess)] = InProcess.auto
+    """Whether a rank that dies is replaced while the others stay, where training can do that."""
+    standbys: Annotated[int, kinds.NUMBER] = 1
+    """How many processes wait, with everything imported, to take the place of a rank."""
     no_spare: Annotated[float, kinds.WAIT] = 300.0
     """How long the nodes that are left wait for one that takes a lost node's place: `wait 5min`."""
     then: Annotated[Then, kinds.choice(Then)] = Then["save-and-exit"]

@@ -1,7 +1,8 @@
-"""The node agent: starts the ranks, notices that one dies, restarts them all.
+"""The node agent: starts the ranks, notices that one dies, restarts it or them all.
 
-A *life* is one set of ranks from start to end. All ranks of a life end together: training can
-go on only with all of them, from the state that the snapshot process keeps in memory.
+A *life* is one set of ranks from start to end. All ranks of a life end together, unless one that
+dies can be replaced (`mnemo.launcher.replacing`): training can go on only with all of them, from
+the state that the snapshot process keeps in memory.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from mnemo.clock import Clock, SystemClock
 from mnemo.config import format_duration
 from mnemo.config.uncaught import EXIT_USAGE
 from mnemo.errors import CrashLoopError, LaunchError, RunInUseError
-from mnemo.launcher.cause import OomWatch, describe, is_refusal
+from mnemo.launcher.c10d import StoreHost
+from mnemo.launcher.cause import OomWatch, cause_of, is_refusal
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
 from mnemo.launcher.hooks import Hooks
 from mnemo.launcher.life import Life
+from mnemo.launcher.replacing import Replacing
 from mnemo.launcher.restarts import CRASH_LOOP, Ended, Failed, RestartPolicy, judge
 from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Alone, Report, Team
@@ -76,6 +79,8 @@ class Agent:
         self._policy = RestartPolicy(options.max_restarts, options.restart_window_s, self._clock)
         self._oom = OomWatch()
         self._life: Life | None = None
+        self._replacing: Replacing | None = None
+        self._host = StoreHost() if options.in_process and options.ranks > 1 else None
         self._seat: Seat | None = None
         self._moved: float | None = None
         """Unix seconds at which it was noticed that other nodes do not go on."""
@@ -119,6 +124,8 @@ class Agent:
             for number in (*handled, signal.SIGCHLD):
                 loop.remove_signal_handler(number)
             await self._team.close()
+            if self._host:
+                await self._host.end()
             taken = self._hooks.taken()
             if kept := self._hooks.ended(well):
                 self._terminal.say(kept)
@@ -168,6 +175,8 @@ class Agent:
                 patience_s = self._options.grace_s
         finally:
             life.kill()
+            if self._replacing:
+                await self._replacing.end()
             immortal = await end_descendants(patience_s, lambda: self._hurry)
             life.close()
             self._life = None
@@ -209,7 +218,21 @@ class Agent:
 
     def _start(self, life: Life, seat: Seat) -> None:
         options = self._options
-        life.start(options, seat, terminal=self._terminal, on_exit=self._exited)
+        replacing = self._replacing = Replacing(
+            life,
+            seat,
+            options,
+            host=self._host,
+            policy=self._policy,
+            position=self._hooks.position,
+            journal=self._journal,
+            say=self._terminal.say,
+            struck=self._oom.struck,
+            changed=self._changed.set,
+        )
+        life.start(
+            options, seat, terminal=self._terminal, on_exit=self._exited, start=replacing.start
+        )
         self._journal.write(
             "launch",
             run_id=options.run_id,
@@ -235,6 +258,8 @@ class Agent:
                 deadline = min(deadline, now + self._options.grace_s)
             if now >= deadline and await self._is_only_slow(life):
                 deadline = now + self._options.grace_s
+            if self._replacing:
+                self._replacing.check()
             verdict = judge(
                 life.exits,
                 ranks=self._options.ranks,
@@ -262,9 +287,11 @@ class Agent:
     def _exited(self, worker: Worker, code: int) -> None:
         life = self._life
         assert life is not None
-        life.exits[worker.rank] = code
         life.noticed[worker.rank] = self._clock.time()
-        self._changed.set()
+        replaces = self._stopped_by is None and self._replacing
+        if not (replaces and replaces.lost(worker, code)):
+            life.exits[worker.rank] = code
+            self._changed.set()
 
     def _asked_to_end(self, number: int) -> None:
         """Goes on as SIGTERM, at which ranks save their state and end; a second SIGINT kills."""
@@ -282,7 +309,8 @@ class Agent:
 
     def _reap_orphans(self) -> None:
         workers = self._life.workers.values() if self._life else ()
-        reap_orphans({worker.pid for worker in workers})
+        own = {worker.pid for worker in workers}
+        reap_orphans(own | (self._replacing.pids if self._replacing else set()))
 
     async def _after_failure(self, life: Life, failed: Failed) -> int | None:
         """Report a failure of this node's, and end the job if it has failed too often.
@@ -290,7 +318,7 @@ class Agent:
         Returns:
             The exit code of the job; None if there is to be another life.
         """
-        worker = life.workers[failed.rank]
+        worker = life.replaced.get(failed.rank, life.workers[failed.rank])
         if await self._team.is_elsewhere(failed.code, worker.log.tail):
             return await self._after_news()
         position = self._hooks.position()
@@ -319,6 +347,7 @@ class Agent:
                 noticed=life.noticed[failed.rank],
                 position=position,
                 decision=decision,
+                not_replaced=self._not_replaced(),
             )
         ends = decision != "restart" or self._stopped_by is not None
         told = f"rank {failed.rank} {cause}"
@@ -363,10 +392,15 @@ class Agent:
         self._terminal.say(f"{time.strftime('%H:%M:%S')} {cause} → {then}")
         return code
 
+    def _not_replaced(self) -> str:
+        return self._replacing.why_not if self._replacing else ""
+
     def _restarting(self) -> str:
         ranks = self._seat.world_size if self._seat else self._options.ranks
         many = f"all {ranks} ranks restart" if ranks > 1 else "it restarts"
-        return f"{many} ({self._policy.recent} of {_count(self._options.max_restarts, 'restart')})"
+        spent = f"{self._policy.recent} of {_count(self._options.max_restarts, 'restart')}"
+        why_not = self._not_replaced()
+        return f"{many} ({spent})" + (f", since {why_not}" if why_not else "")
 
 
 def _count(number: int, thing: str) -> str:
@@ -376,8 +410,7 @@ def _count(number: int, thing: str) -> str:
 def _cause(failed: Failed, worker: Worker, *, out_of_memory: bool) -> str:
     if failed.early:
         return "exited with code 0 while others were still training"
-    last_line = next((line for line in reversed(worker.log.tail) if line.strip()), "")
-    cause = describe(failed.code, out_of_memory=out_of_memory, last_line=last_line)
+    cause = cause_of(failed.code, worker.log.tail, out_of_memory=out_of_memory)
     if failed.left_before:
         ranks = ", ".join(map(str, failed.left_before))
         cause += f" after rank {ranks} had exited with code 0"

@@ -7,6 +7,7 @@ value that was never set reads as no bytes, so empty values are not stored.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import struct
 import sys
@@ -176,7 +177,6 @@ class StoreHost:
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
-        self._serves = False
 
     async def warm_up(self) -> None:
         """Have the process, which takes seconds to start and 250 MB, ready to serve."""
@@ -194,23 +194,27 @@ class StoreHost:
         Raises:
             StoreLostError: It cannot be hosted.
         """
-        if self._serves:
-            await self.end()
         await self.warm_up()
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        self._serves = True
         process.stdin.write(f"{port}\n".encode())
-        if not await process.stdout.readline():
-            await self.end()
-            raise StoreLostError(f"no Store can be hosted at port {port}: its process has ended")
+        while said := await process.stdout.readline():
+            if int(said) == port:  # not of one that was asked for before, and given up
+                return
+        await self.end()
+        raise StoreLostError(f"no Store can be hosted at port {port}: its process has ended")
+
+    async def ended(self) -> None:
+        """Wait until the process has ended, which nobody should have asked it to."""
+        if self._process is not None:
+            await self._process.wait()
 
     async def end(self) -> None:
         """End it."""
-        process, self._process, self._serves = self._process, None, False
+        process, self._process = self._process, None
         if process is not None:
-            assert process.stdin is not None
-            process.stdin.close()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()  # it may be loading still, and would only end after that
             await process.wait()

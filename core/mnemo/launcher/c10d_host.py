@@ -1,7 +1,8 @@
 """A process that hosts a `torch.distributed.TCPStore`: ``python -m mnemo.launcher.c10d_host``.
 
-It loads torch, then reads a port from its standard input, and writes a line once it listens there.
-It ends when its standard input does, that is with whoever started it, however that one ends.
+It loads torch, then reads ports from its standard input, and writes a line once it listens there
+with an empty Store; the one before ends. The process ends when its standard input does, that is
+with whoever started it, however that one ends.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    line = sys.stdin.readline()
-    if line:
+    store = None
+    for line in sys.stdin:
+        del store  # which closes its port
         store = TCPStore("127.0.0.1", int(line), is_master=True, wait_for_workers=False)
         print(store.port, flush=True)
-        sys.stdin.read()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 _ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b.*")
 
@@ -78,6 +78,18 @@ def _kills(path: Path) -> re.Match[str] | None:
         return re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE)
     except OSError:
         return None
+
+
+def cause_of(code: int, tail: Sequence[str], *, out_of_memory: bool) -> str:
+    """As `describe`.
+
+    Args:
+        code: Exit code; negative for a signal.
+        tail: Its last lines.
+        out_of_memory: What `OomWatch` says.
+    """
+    last_line = next((line for line in reversed(tail) if line.strip()), "")
+    return describe(code, out_of_memory=out_of_memory, last_line=last_line)
 
 
 def describe(code: int, *, out_of_memory: bool, last_line: str) -> str:

@@ -38,6 +38,21 @@ def descendants() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if not _is_own(p)]
 
 
+def end_orphans(rank: int, own: Collection[int]) -> None:
+    """Kill what a rank that has died left behind outside of its process group.
+
+    Args:
+        rank: The rank, as in the environment of all that it started.
+        own: Children that are no orphans.
+    """
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            its = child.pid not in own and child.environ().get("RANK") == str(rank)
+            if its and not _is_own(child):
+                for process in (*child.children(recursive=True), child):
+                    process.kill()
+
+
 def _is_own(process: psutil.Process) -> bool:
     try:
         return process.environ().get("MNEMO_ROLE") in {"smp", "store"}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mnemo.errors import LaunchError
-from mnemo.launcher.worker import Worker, hold_port, rank_environ
+from mnemo.launcher.worker import Start, Worker, hold_port, rank_environ
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,8 @@ class Life:
         self._port = hold_port()
         self.workers: dict[int, Worker] = {}
         """By rank."""
+        self.replaced: dict[int, Worker] = {}
+        """Who was in the place of a rank before, where it has ended and that is not over yet."""
         self.exits: dict[int, int] = {}
         """Exit code by rank, in the order noticed."""
         self.noticed: dict[int, float] = {}
@@ -59,24 +62,47 @@ class Life:
         *,
         terminal: Terminal,
         on_exit: Callable[[Worker, int], None],
+        start: Callable[[int], Start],
     ) -> None:
         """Start this node's ranks.
+
+        Args:
+            options: The launch.
+            seat: Where this node's ranks stand.
+            terminal: Where their output goes.
+            on_exit: See `Worker`.
+            start: How each rank's process comes to be.
 
         Raises:
             LaunchError: The program cannot be started.
         """
+        self._worker = partial(
+            Worker,
+            options=options,
+            shows_rank=seat.world_size > 1,
+            log_dir=self.log_dir,
+            terminal=terminal,
+            on_exit=on_exit,
+        )
+        self._environ = partial(rank_environ, options, os.environ, seat)
+        self._first_rank = seat.first_rank
         for local_rank in range(options.ranks):
             rank = seat.first_rank + local_rank
-            self.workers[rank] = Worker(
-                rank,
-                options,
-                local_rank=local_rank,
-                environ=rank_environ(options, os.environ, seat, local_rank),
-                shows_rank=seat.world_size > 1,
-                log_dir=self.log_dir,
-                terminal=terminal,
-                on_exit=on_exit,
-            )
+            self.place(rank, start(rank))
+
+    def place(self, rank: int, start: Start) -> None:
+        """Start a rank of this node's; who was in its place has ended.
+
+        Raises:
+            LaunchError: It cannot be started.
+        """
+        local_rank = rank - self._first_rank
+        worker = self._worker(
+            rank, local_rank=local_rank, environ=self._environ(local_rank), start=start
+        )
+        if rank in self.workers:
+            self.replaced.setdefault(rank, self.workers[rank])
+        self.workers[rank] = worker
 
     def kill(self) -> None:
         """Kill the ranks that still run."""

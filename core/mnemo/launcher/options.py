@@ -42,6 +42,10 @@ class LaunchOptions:
             of them has ended.
         environ: Variables of every rank, above the agent's own environment.
         hidden: Streams (local rank, ``stdout`` or ``stderr``) that go to the file only.
+        in_process: A rank that dies may be replaced while the others stay.
+        standbys: So many processes then wait, everything imported, to take a place. They know
+            ``command`` as `rank_command` makes it for Python.
+        join_limit_s: Seconds that a replacement may take.
     """
 
     command: tuple[str, ...]
@@ -57,6 +61,9 @@ class LaunchOptions:
     grace_s: float = 30.0
     environ: Mapping[str, str] = field(default_factory=dict)
     hidden: frozenset[tuple[int, str]] = frozenset()
+    in_process: bool = False
+    standbys: int = 0
+    join_limit_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.max_restarts < 0:

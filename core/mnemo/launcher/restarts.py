@@ -129,12 +129,17 @@ class RestartPolicy:
         Args:
             position: Where the run was, if that is known.
         """
-        now = self._clock.monotonic()
-        self._failures.append(now)
-        while now - self._failures[0] > self._window_s:
-            self._failures.popleft()
+        decision = self.foresee(position)
+        self._failures.append(self._clock.monotonic())
         self._here = self._here + 1 if position == self._position else 1
         self._position = position
-        if position is not None and self._here >= CRASH_LOOP:
+        return decision
+
+    def foresee(self, position: Position | None) -> Literal["restart", "exhausted", "crash loop"]:
+        """What `after_failure` would decide."""
+        while self._failures and self._clock.monotonic() - self._failures[0] > self._window_s:
+            self._failures.popleft()
+        here = self._here + 1 if position == self._position else 1
+        if position is not None and here >= CRASH_LOOP:
             return "crash loop"
-        return "restart" if self.recent <= self._max else "exhausted"
+        return "restart" if self.recent < self._max else "exhausted"

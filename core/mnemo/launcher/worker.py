@@ -9,9 +9,9 @@ import signal
 import socket
 import subprocess
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import psutil
 
@@ -20,7 +20,7 @@ from mnemo.errors import LaunchError
 from mnemo.launcher.output import RankLog, RankStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from mnemo.launcher.options import LaunchOptions
@@ -49,8 +49,7 @@ def rank_environ(
 ) -> dict[str, str]:
     """The environment of one rank: torchrun's variables, and mnemo's.
 
-    TORCHELASTIC_USE_AGENT_STORE is left out: rank 0 hosts the store, since the agent does not
-    import torch.
+    TORCHELASTIC_USE_AGENT_STORE is left out: rank 0 hosts the store, unless ranks are replaced.
 
     Args:
         options: The launch.
@@ -117,6 +116,41 @@ def _wait(pid: int, loop: asyncio.AbstractEventLoop, callback: Callable[[], None
         loop.call_soon_threadsafe(callback)
 
 
+class Start(Protocol):
+    """How the process of a rank comes to be."""
+
+    def __call__(
+        self, command: Sequence[str], environ: Mapping[str, str], stdout: int, stderr: int
+    ) -> subprocess.Popen[bytes]:
+        """Start ``command``, the leader of a session of its own.
+
+        Raises:
+            OSError: It cannot be started.
+        """
+        ...
+
+
+def execute(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    stdout: int,
+    stderr: int,
+    pass_fds: Collection[int] = (),
+) -> subprocess.Popen[bytes]:
+    """`Start` a new process, which dies with the agent. It keeps ``pass_fds``."""
+    return subprocess.Popen(
+        command,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+        pass_fds=pass_fds,
+        # What runs between fork and exec takes no lock that another thread may hold.
+        preexec_fn=partial(_die_with, os.getpid()),  # noqa: PLW1509
+    )
+
+
 class Worker:
     """A running rank.
 
@@ -130,6 +164,7 @@ class Worker:
         terminal: Where its output goes.
         on_exit: Called with the worker and its exit code (negative for a signal) once it has
             ended by itself; not after `kill`.
+        start: How its process comes to be.
 
     Raises:
         LaunchError: The program cannot be started.
@@ -146,6 +181,7 @@ class Worker:
         log_dir: Path,
         terminal: Terminal,
         on_exit: Callable[[Worker, int], None],
+        start: Start = execute,
     ) -> None:
         self.rank = rank
         self.local_rank = local_rank
@@ -158,15 +194,8 @@ class Worker:
         }
         try:
             self.log = RankLog(log_dir / f"rank-{rank}.log", terminal)
-            self._process = subprocess.Popen(
-                options.command,
-                env={**environ, **files},
-                stdin=subprocess.DEVNULL,
-                stdout=pipes["stdout"][1],
-                stderr=pipes["stderr"][1],
-                start_new_session=True,
-                # The agent has one thread, so that running code between fork and exec is safe.
-                preexec_fn=partial(_die_with, os.getpid()),  # noqa: PLW1509
+            self._process = start(
+                options.command, {**environ, **files}, pipes["stdout"][1], pipes["stderr"][1]
             )
         except OSError as error:
             for read_end, _ in pipes.values():
@@ -176,7 +205,7 @@ class Worker:
         finally:
             for _, write_end in pipes.values():
                 os.close(write_end)
-        self._streams = [
+        streams = [
             RankStream(
                 read_end,
                 stream,
@@ -186,7 +215,11 @@ class Worker:
             )
             for stream, (read_end, _) in pipes.items()
         ]
-        self._unwatch = watch_exit(self.pid, self._ended)
+        self._closing = ExitStack()
+        self._closing.callback(self.log.close)
+        for stream in streams:
+            self._closing.callback(stream.close)
+        self._closing.callback(watch_exit(self.pid, self._ended))
 
     @property
     def pid(self) -> int:
@@ -226,11 +259,8 @@ class Worker:
             os.killpg(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Take the last of its output, after it has ended."""
-        self._unwatch()
-        for stream in self._streams:
-            stream.close()
-        self.log.close()
+        """Take the last of its output, after it has ended; once is enough."""
+        self._closing.close()
 
 
 def _die_with(parent: int) -> None:

@@ -1,0 +1,419 @@
+"""Another process in the place of a rank that dies, while the other ranks stay.
+
+A *loss* lasts from the death of a rank until all ranks say that they are back; who dies meanwhile
+belongs to it. Whatever is not as it should be ends the life, so that all ranks restart: the first
+that died is then to blame, as if nothing had been tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from mnemo.config.uncaught import REFUSAL_VARIABLE
+from mnemo.errors import LaunchError, ProtocolError, StoreLostError
+from mnemo.launcher.cause import cause_of, describe, is_refusal
+from mnemo.launcher.family import end_orphans
+from mnemo.launcher.reserve import Reserve
+from mnemo.launcher.worker import execute, rank_environ
+from mnemo.recovery.control import (
+    CONTROL_VARIABLE,
+    JOIN_VARIABLE,
+    Back,
+    Cannot,
+    Channel,
+    Lost,
+    Replaceable,
+)
+from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Mapping, Sequence
+
+    from mnemo.launcher.c10d import StoreHost
+    from mnemo.launcher.life import Life
+    from mnemo.launcher.options import LaunchOptions
+    from mnemo.launcher.restarts import Position, RestartPolicy
+    from mnemo.launcher.seat import Seat
+    from mnemo.launcher.worker import Start, Worker
+    from mnemo.recovery.journal import Journal
+
+_MOST_TRIES: Final = 2
+"""So many processes may die in a lost rank's place before all ranks restart."""
+_SPOKEN: Final = frozenset({EXIT_OK, EXIT_STATE_SAVED, EXIT_STATE_LOST})
+"""Exit codes that are no accident."""
+
+
+@dataclass
+class _Loss:
+    """What is known of one."""
+
+    began: float
+    """As the event loop's clock has it."""
+    position: asyncio.Task[Position | None]
+    """Finds out where the run was."""
+    dead: list[tuple[Worker, int, float]] = field(default_factory=list)
+    """Processes that have died, with exit code and Unix time."""
+    by: dict[int, str] = field(default_factory=dict)
+    """What came in the place of each rank that died."""
+    joining: set[int] = field(default_factory=set)
+    """Those of them that are not back yet."""
+    back: dict[int, Back] = field(default_factory=dict)
+    """What the ranks have said that are back in this membership epoch."""
+    tries: int = 0
+    """Processes that have died before they were back."""
+    agent_ms: dict[str, float] = field(default_factory=dict)
+    """When the agent had done what, since it began."""
+
+
+class Replacing:
+    """Does that in one life.
+
+    Args:
+        life: Whose ranks they are.
+        seat: Where they stand.
+        options: The launch.
+        host: Hosts the ranks' Store. None: no rank is ever replaced.
+        policy: Says how many deaths are too many.
+        position: Where the run is; may take seconds.
+        journal: Told of every rank that was replaced.
+        say: Tells people.
+        struck: Whether the kernel has killed for want of memory since it was last asked.
+        changed: Called when the life has to end.
+    """
+
+    def __init__(
+        self,
+        life: Life,
+        seat: Seat,
+        options: LaunchOptions,
+        *,
+        host: StoreHost | None,
+        policy: RestartPolicy,
+        position: Callable[[], Position | None],
+        journal: Journal,
+        say: Callable[[str], None],
+        struck: Callable[[], bool],
+        changed: Callable[[], None],
+    ) -> None:
+        self.why_not = ""
+        """Why all ranks have to restart, once that is so."""
+        self._life = life
+        self._seat = seat
+        self._options = options
+        self._host = host
+        self._policy = policy
+        self._position = position
+        self._journal = journal
+        self._say = say
+        self._struck = struck
+        self._changed = changed
+        self._channels: dict[int, Channel] = {}
+        self._ready: set[int] = set()
+        self._epoch = 0
+        self._members = [0] * options.ranks
+        self._loss: _Loss | None = None
+        self._over = host is None
+        self._timer: asyncio.TimerHandle | None = None
+        self._hosting = asyncio.create_task(self._host_store(host)) if host else None
+        if self._hosting:
+            self._hosting.add_done_callback(lambda _: changed())
+        environ = {**rank_environ(options, os.environ, seat, 0), **self._variables(None)}
+        self._reserve = Reserve(options, environ, life.log_dir, say)
+
+    @property
+    def pids(self) -> set[int]:
+        """Processes that are no ranks yet."""
+        return self._reserve.pids
+
+    def start(self, rank: int) -> Start:
+        """How a rank's first process comes to be."""
+        return execute if self._host is None else functools.partial(self._execute, rank, None)
+
+    def check(self) -> None:
+        """Raise what the ranks cannot live without.
+
+        Raises:
+            LaunchError: Their Store cannot be hosted.
+        """
+        hosting = self._hosting
+        ended = hosting and hosting.done() and not hosting.cancelled()
+        if hosting and ended and (error := hosting.exception()):
+            msg = f"{error}; choose another --master-port, or set recover.in_process=off"
+            raise LaunchError(msg) from error
+
+    def lost(self, worker: Worker, code: int) -> bool:
+        """A rank's process has ended.
+
+        Returns:
+            Whether that is taken care of; otherwise it ends the life.
+        """
+        loss, rank = self._loss, worker.rank
+        if self._over:
+            return False
+        if loss and rank in loss.joining:
+            loss.tries += 1
+            if loss.tries >= _MOST_TRIES:
+                self.give_up(f"what came in its place {_ended(code)}")
+                return True
+        elif why_not := self._why_not(worker, code):
+            if loss:
+                self.give_up(why_not)
+            return False
+        self._replace(worker, code)
+        return True
+
+    def give_up(self, why: str) -> None:
+        """Have all ranks restart, unless nothing was lost."""
+        if self._over or not self._loss:
+            return
+        self._over, self.why_not = True, why
+        for worker, _, at in reversed(self._loss.dead):  # the first of each rank counts
+            self._life.noticed[worker.rank] = at
+        for worker, code, _ in self._loss.dead:
+            self._life.exits.setdefault(worker.rank, code)
+        self._end_loss()
+        self._changed()
+
+    async def end(self) -> None:
+        """The life is over: no rank lives any more."""
+        self._over = True
+        self._end_loss()
+        self._reserve.close()
+        while self._channels:
+            self._hang_up(self._channels.popitem()[1])
+        if self._hosting:
+            self._hosting.cancel()
+            await asyncio.gather(self._hosting, return_exceptions=True)
+
+    def _why_not(self, worker: Worker, code: int) -> str:
+        """Why a rank that has ended cannot be replaced."""
+        joining = self._loss.joining if self._loss else set()
+        if len(self._ready | joining) < self._options.ranks:
+            return "not all ranks can be replaced"
+        if code in _SPOKEN:
+            return f"rank {worker.rank} {_ended(code)}"
+        if joining | {worker.rank} == self._life.workers.keys():
+            return "no rank is left that has the state"
+        if code > 0:
+            worker.close()  # its last words are in the log then
+            if worker.refusal() or is_refusal(code, worker.log.tail):
+                return f"rank {worker.rank} refuses to go on"
+        if not self._loss and self._policy.foresee(None) != "restart":
+            return "it has happened too often"
+        return ""
+
+    def _replace(self, worker: Worker, code: int) -> None:
+        rank = worker.rank
+        if self._loss is None:
+            task = asyncio.create_task(asyncio.to_thread(self._position))
+            task.add_done_callback(self._positioned)
+            self._loss = _Loss(asyncio.get_running_loop().time(), task)
+        loss, at = self._loss, self._life.noticed[rank]
+        loss.dead.append((worker, code, at))
+        self._epoch += 1
+        self._members[rank] = self._epoch
+        self._ready.discard(rank)
+        loss.joining.add(rank)
+        loss.back.clear()
+        self._hang_up(self._channels.pop(rank))
+        lost = Lost(
+            self._epoch,
+            tuple(sorted(loss.joining)),
+            f"rank {rank} {_ended(code)}",
+            tuple(self._members),
+        )
+        for channel in self._channels.values():
+            channel.tell(lost)
+        self._took(f"told_{self._epoch}")
+        worker.close()
+        try:
+            self._life.place(rank, functools.partial(self._join, rank))
+        except LaunchError as error:
+            self.give_up(str(error))
+            return
+        self._took(f"started_{self._epoch}")
+        end_orphans(rank, {each.pid for each in self._life.workers.values()} | self.pids)
+        if self._timer:
+            self._timer.cancel()
+        limit_s = self._options.join_limit_s
+        self._timer = asyncio.get_running_loop().call_later(
+            limit_s, self.give_up, f"not all ranks were back within {limit_s:g} s"
+        )
+
+    def _join(
+        self,
+        rank: int,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        stdout: int,
+        stderr: int,
+    ) -> subprocess.Popen[bytes]:
+        """`Start` a process in the place of a lost one, from a warm standby if there is one."""
+        assert self._loss
+        # What it cannot come to terms with is no wrong setting: the first process had none.
+        environ = {k: v for k, v in environ.items() if k != REFUSAL_VARIABLE}
+        while standby := self._reserve.take():
+            try:
+                process, agent = standby.become(
+                    {**environ, **self._variables(self._epoch)}, stdout, stderr
+                )
+            except OSError:  # it has just died
+                standby.close()
+                continue
+            self._loss.by[rank] = "standby"
+            self._listen(rank, Channel(agent))
+            return process
+        self._loss.by[rank] = "new process"
+        return self._execute(rank, self._epoch, command, environ, stdout, stderr)
+
+    def _execute(
+        self,
+        rank: int,
+        epoch: int | None,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        stdout: int,
+        stderr: int,
+    ) -> subprocess.Popen[bytes]:
+        channel, theirs = Channel.pair()
+        with theirs:
+            fd = theirs.fileno()
+            variables = {**self._variables(epoch), CONTROL_VARIABLE: str(fd)}
+            try:
+                process = execute(command, {**environ, **variables}, stdout, stderr, (fd,))
+            except BaseException:
+                channel.close()
+                raise
+        self._listen(rank, channel)
+        return process
+
+    def _variables(self, epoch: int | None) -> dict[str, str]:
+        if self._host is None:
+            return {}
+        join = {} if epoch is None else {JOIN_VARIABLE: str(epoch)}
+        return {"TORCHELASTIC_USE_AGENT_STORE": "True", **join}
+
+    def _listen(self, rank: int, channel: Channel) -> None:
+        self._channels[rank] = channel
+        loop = asyncio.get_running_loop()
+        loop.add_reader(channel, self._read, rank, channel)
+
+    def _hang_up(self, channel: Channel) -> None:
+        asyncio.get_running_loop().remove_reader(channel)
+        channel.close()
+
+    def _read(self, rank: int, channel: Channel) -> None:
+        try:
+            message = channel.receive()
+        except BlockingIOError:
+            return
+        except ProtocolError as error:
+            message = Replaceable(False, str(error))
+        match message:
+            case Replaceable(yes=True):
+                self._can(rank)
+            case Replaceable(why=why):
+                self._ready.discard(rank)
+                self.give_up(f"rank {rank}: {why}")
+            case Cannot(epoch=self._epoch, why=why):
+                self.give_up(f"rank {rank}: {why}")
+            case Back(epoch=self._epoch):
+                self._back(rank, message)
+            case None:  # as a rank that is dying does; its end counts
+                asyncio.get_running_loop().remove_reader(channel)
+
+    def _can(self, rank: int) -> None:
+        self._ready.add(rank)
+        if not self._over and not self._loss:
+            self._reserve.fill()
+
+    def _back(self, rank: int, said: Back) -> None:
+        loss = self._loss
+        if loss is None:
+            return
+        loss.back[rank] = said
+        loss.joining.discard(rank)
+        if len(loss.back) < self._options.ranks:
+            return
+        self._took("all_back")
+        position = _result(loss.position)
+        self._policy.after_failure(position)
+        self._report(loss, position)
+        self._life.replaced.clear()
+        self._end_loss()
+        self._reserve.fill()
+
+    def _report(self, loss: _Loss, position: Position | None) -> None:
+        struck = self._struck()
+        cause = ", ".join(
+            f"rank {worker.rank} {cause_of(code, worker.log.tail, out_of_memory=struck)}"
+            for worker, code, _ in loss.dead
+        )
+        at = loss.dead[0][2]
+        seconds = loss.agent_ms["all_back"] / 1e3
+        sources = {said.source for said in loss.back.values()} - {None}
+        new = {rank: self._life.workers[rank].pid for rank in loss.by}
+        self._journal.write(
+            "replaced",
+            life=self._life.number,
+            epoch=self._epoch,
+            cause=cause,
+            out_of_memory=struck,
+            noticed=at,
+            by=loss.by,
+            worker_pids=new,
+            sources=sorted(sources, key=str),
+            tick=max(said.tick for said in loss.back.values()),
+            position=position,
+            seconds=seconds,
+            agent_ms=loss.agent_ms,
+            phases_ms={rank: said.phases_ms for rank, said in sorted(loss.back.items())},
+        )
+        by = " and ".join(sorted(set(loss.by.values())))
+        source = "".join(f", state from rank {rank}" for rank in sorted(sources, key=str))
+        self._say(
+            f"{time.strftime('%H:%M:%S', time.localtime(at))} {cause} → {by}{source}, "
+            f"{seconds:.2f} s, 0 steps lost, exact"
+        )
+
+    def _positioned(self, task: asyncio.Task[Position | None]) -> None:
+        if self._policy.foresee(_result(task)) == "crash loop":
+            self.give_up("")  # it is said when the job ends
+
+    def _took(self, phase: str) -> None:
+        assert self._loss
+        since = asyncio.get_running_loop().time() - self._loss.began
+        self._loss.agent_ms[phase] = round(since * 1e3, 2)
+
+    def _end_loss(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        if self._loss:
+            self._loss.position.cancel()
+        self._loss = None
+
+    async def _host_store(self, host: StoreHost) -> None:
+        try:
+            await host.serve(self._seat.master_port)
+        except StoreLostError:  # its process may have ended since the last life
+            await host.serve(self._seat.master_port)
+        await host.ended()
+        self._say("the process with the ranks' Store has ended: if a rank dies, all restart")
+        self.give_up("the ranks' Store has ended")
+        self._over = True
+
+
+def _ended(code: int) -> str:
+    return describe(code, out_of_memory=False, last_line="")
+
+
+def _result(task: asyncio.Task[Position | None]) -> Position | None:
+    """What is known by now."""
+    known = task.done() and not task.cancelled() and not task.exception()
+    return task.result() if known else None

@@ -1,0 +1,206 @@
+"""What `mnemo run` and a rank tell each other, so that one rank is replaced while others stay.
+
+Each rank has one end of a socket pair (`CONTROL_VARIABLE`). From the moment that all ranks have
+said `Replaceable`, the loss of one begins a *membership epoch*: the agent tells the others `Lost`,
+and starts a process in its place that finds `JOIN_VARIABLE` in its environment. Once every rank has
+said `Back`, the loss is over; at a `Cannot` all ranks restart from the memory of the snapshot
+process, as without all this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
+
+from mnemo.config.uncaught import AGENT_VARIABLE
+from mnemo.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CONTROL_VARIABLE: Final = "MNEMO_CONTROL_FD"
+"""File descriptor of a rank's end."""
+JOIN_VARIABLE: Final = "MNEMO_JOIN"
+"""The membership epoch in which this process takes a lost rank's place; set in such a process only.
+
+A warm standby has imported everything before it gets it: never read it while importing."""
+
+_MOST_BYTES: Final = 1 << 16
+
+
+class Replaceable(msgspec.Struct, frozen=True, tag="replaceable"):
+    """Rank to agent: from here on this rank can be replaced, or not any more.
+
+    A process that has taken a rank's place says so for itself, before its `Back` or later.
+
+    Attributes:
+        yes: Whether it can.
+        why: Why not.
+    """
+
+    yes: bool
+    why: str = ""
+
+
+class Back(msgspec.Struct, frozen=True, tag="back"):
+    """Rank to agent: its groups are whole again, and it goes on.
+
+    Attributes:
+        epoch: The membership epoch that it goes on in.
+        tick: The boundary at which the new process began.
+        phases_ms: What took how long, for the journal.
+        source: The rank that the state came from; None where this rank needed none.
+    """
+
+    epoch: int
+    tick: int
+    phases_ms: dict[str, float] = {}
+    source: int | None = None
+
+
+class Cannot(msgspec.Struct, frozen=True, tag="cannot"):
+    """Rank to agent: it cannot go on within the running job.
+
+    Attributes:
+        epoch: The membership epoch that this is about.
+        why: What is in the way.
+    """
+
+    epoch: int
+    why: str
+
+
+class Lost(msgspec.Struct, frozen=True, tag="lost"):
+    """Agent to rank: processes are gone, and others come in their places.
+
+    Also to those who came in the places of some that were lost shortly before: they join in this
+    epoch, together.
+
+    Attributes:
+        epoch: The new membership epoch, greater than all before.
+        ranks: All ranks that are not back yet.
+        why: What happened, for people.
+        members: For each rank, the membership epoch since which its process is there.
+    """
+
+    epoch: int
+    ranks: tuple[int, ...]
+    why: str
+    members: tuple[int, ...]
+
+
+Message: TypeAlias = Replaceable | Back | Cannot | Lost
+
+_decoder = msgspec.json.Decoder[Message](Message)
+
+
+class Channel:
+    """One end. Messages stay whole; any thread may `tell`, one at a time may `receive`.
+
+    Args:
+        sock: Of type SOCK_SEQPACKET; owned from here on.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, socket.socket]:
+        """The agent's end, which does not wait, and the socket for a rank."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        return cls(ours), theirs
+
+    def fileno(self) -> int:
+        """To wait for messages among other things."""
+        return self._sock.fileno()
+
+    def tell(self, message: Message) -> bool:
+        """Send it.
+
+        Returns:
+            Whether it is on its way; not if the other end is gone, or, where this end does not
+            wait, reads nothing.
+        """
+        try:
+            self._sock.send(msgspec.json.encode(message))
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> Message | None:
+        """Wait for the next message; None at the end, when the other end or this one is closed.
+
+        Raises:
+            BlockingIOError: There is none, and this end does not wait.
+            ProtocolError: It is none of these messages.
+        """
+        try:
+            data = self._sock.recv(_MOST_BYTES)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return None
+        if not data:
+            return None
+        try:
+            message: Message = _decoder.decode(data)
+        except msgspec.MsgspecError as error:
+            msg = f"no message of the control channel: {data[:200]!r} ({error})"
+            raise ProtocolError(msg) from error
+        return message
+
+    def close(self) -> None:
+        """Hang up; a `receive` that waits in another thread ends."""
+        with contextlib.suppress(OSError):  # hung up at the other end already
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+def connect(environ: Mapping[str, str] | None = None) -> Channel | None:
+    """This rank's end, if the agent that started this very process gave it one.
+
+    Not in what a rank starts, which inherits the variable but neither the socket nor the parent.
+    One at a time: messages go to whoever receives first.
+
+    Args:
+        environ: The environment; None is that of this process.
+    """
+    environ = os.environ if environ is None else environ
+    fd = environ.get(CONTROL_VARIABLE, "")
+    agent = environ.get(AGENT_VARIABLE, "").partition("-")[0]
+    if not fd.isdecimal() or agent != str(os.getppid()):
+        return None
+    with contextlib.suppress(OSError):  # the number is something else's by now
+        sock = socket.fromfd(int(fd), socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if _made_by(sock) == os.getppid():
+            os.set_inheritable(int(fd), False)
+            return Channel(sock)
+        sock.close()
+    return None
+
+
+def joins(environ: Mapping[str, str] | None = None) -> int | None:
+    """The membership epoch in which this process takes a lost rank's place; None if it does not.
+
+    Args:
+        environ: The environment; None is that of this process.
+    """
+    epoch = (os.environ if environ is None else environ).get(JOIN_VARIABLE, "")
+    return int(epoch) if epoch else None
+
+
+def _made_by(sock: socket.socket) -> int | None:
+    """The process that made the pair that ``sock`` belongs to; None if it is no such socket."""
+    layout = "3i"
+    try:
+        found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(layout))
+    except OSError:
+        return None
+    pid: int = struct.unpack(layout, found)[0]
+    return pid
