@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mnemo.launcher.cause import OomWatch, describe
+from mnemo.launcher.cause import OomWatch, describe, is_refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +50,7 @@ def test_without_a_counter_nothing_is_claimed(tmp_path: Path, groups: str | None
         (1, False, "ValueError: bad batch", "exited with code 1 (ValueError: bad batch)"),
         (1, False, "torch.OutOfMemoryError: CUDA out of memory.",
          "exited with code 1 (torch.OutOfMemoryError: CUDA out of memory.)"),
+        (1, False, "[rank3]: ValueError: bad batch", "exited with code 1 (ValueError: bad batch)"),
         (3, False, "epoch 1 loss 2.5", "exited with code 3"),
         (1, True, "KeyboardInterrupt", "exited with code 1 (KeyboardInterrupt)"),
     ],
@@ -58,6 +59,21 @@ def test_the_end_of_a_rank_in_words(
     code: int, out_of_memory: bool, last_line: str, said: str
 ) -> None:
     assert describe(code, out_of_memory=out_of_memory, last_line=last_line) == said
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "refuses"),
+    [
+        (1, "mnemo.errors.IdentityError: of 3 ranks", True),
+        (1, "[rank11]: mnemo.errors.IdentityError: of 3 ranks", True),
+        (1, "mnemo.errors.StorageError: it is full", False),
+        (1, "says mnemo.errors.IdentityError: of 3 ranks", False),
+        (2, "train.py: error: no such flag", True),
+        (1, "train.py: error: no such flag", False),
+    ],
+)
+def test_what_a_restart_would_not_mend(code: int, line: str, refuses: bool) -> None:
+    assert is_refusal(code, ["", line, ""]) is refuses
 
 
 def test_a_long_message_is_cut() -> None:

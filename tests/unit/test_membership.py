@@ -103,6 +103,19 @@ def test_survivors_keep_their_places_and_who_comes_back_gets_its_own() -> None:
     assert successors(_epoch(), living[1:], 4) is None
 
 
+def test_who_takes_a_place_has_as_many_ranks() -> None:
+    epoch = Epoch(1, STORE, 1, (Member("a", "0"), Member("b", "0"), Member("c", "0", ranks=2)))
+    one, two, back = Member("x", "0"), Member("y", "0", ranks=2), Member("b", "1", ranks=2)
+
+    def chosen(*living: Member) -> list[str] | None:
+        found = successors(epoch, [epoch.members[0], *living], 3)
+        return found and [member.key for member in found]
+
+    assert chosen(two, one) == ["a/0", "x/0", "y/0"]
+    assert chosen(back, one) == ["a/0", "x/0", "b/1"]
+    assert chosen(two, back) is None
+
+
 def test_a_lease_counts_from_before_the_granted_round_was_there() -> None:
     lease = Lease()
     assert lease.read(1.0, 5, 5) == NEVER

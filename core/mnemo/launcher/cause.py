@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-_ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b.*")
+_RANK = r"(?:\[rank\d+\]: )?"
+"""What torch puts before the lines of a traceback, once there is a process group."""
+_ERROR_LINE = re.compile(rf"{_RANK}([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
 
 _REFUSAL = re.compile(
-    r"mnemo\.errors\."
+    rf"{_RANK}mnemo\.errors\."
     r"(ConfigError|HostMemoryError|IdentityError|MissingExtraError|ModelChangedError|NothingToResumeError)"
     r": "
 )
@@ -107,5 +109,6 @@ def describe(code: int, *, out_of_memory: bool, last_line: str) -> str:
             return f"killed by {signal.Signals(-code).name}"
         except ValueError:
             return f"killed by signal {-code}"
-    said = f" ({last_line.strip()[:200]})" if _ERROR_LINE.match(last_line) else ""
+    error = _ERROR_LINE.match(last_line)
+    said = f" ({error[1].strip()[:200]})" if error else ""
     return f"exited with code {code}{said}"

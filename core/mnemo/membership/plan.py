@@ -49,8 +49,8 @@ def successors(
     """The members of the next epoch; None if there are not enough.
 
     Whoever was a member and lives keeps its node rank. A free place goes to an agent on the same
-    node if there is one, else to whoever joined first. Where none of them lives, the run is
-    launched (again), and whoever keeps the state of ranks has their place.
+    node if there is one, else to whoever joined first, if it has as many ranks. Where none of them
+    lives, the run is launched (again), and whoever keeps the state of ranks has their place.
 
     Args:
         epoch: The one before; None at the start of a run.
@@ -62,18 +62,18 @@ def successors(
         return _first_members(living, nodes)
     members = {member.key for member in epoch.members}
     spares = [member for member in living if member.key not in members]
-    chosen: list[Member | None] = []
-    for member in epoch.members:
-        back = next((spare for spare in spares if spare.node == member.node), None)
-        if member.key in alive:
-            chosen.append(member)
-        else:
-            chosen.append(back)
-            spares = [spare for spare in spares if spare != back]
-    others = iter(spares)
-    filled = [member or next(others, None) for member in chosen]
-    found = tuple(member for member in filled if member is not None)
-    return found if len(found) == len(filled) else None
+    gone = [member for member in epoch.members if member.key not in alive]
+    chosen: dict[str, Member] = {}
+    for same_node in (True, False):
+        for member in gone:
+            fits = (s for s in spares if s.ranks == member.ranks)
+            spare = next((s for s in fits if not same_node or s.node == member.node), None)
+            if member.key not in chosen and spare is not None:
+                chosen[member.key] = spare
+                spares.remove(spare)
+    if len(chosen) < len(gone):
+        return None
+    return tuple(chosen.get(member.key, member) for member in epoch.members)
 
 
 def is_launch(epoch: Epoch | None, keys: Collection[str]) -> bool:
