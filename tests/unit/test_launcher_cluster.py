@@ -9,6 +9,7 @@ import pytest
 from membership_lab import SEAL, MemoryStore
 
 from mnemo.errors import LaunchError
+from mnemo.launcher import cluster
 from mnemo.launcher.c10d import C10dStores
 from mnemo.launcher.cluster import Cluster
 from mnemo.launcher.rendezvous import Nodes
@@ -79,12 +80,19 @@ QUICK: dict[str, float] = {
 
 
 def agent(
-    directory: Path, name: str, stores: Stores, said: list[str], nodes: int = 2, /, **rules: float
+    directory: Path,
+    name: str,
+    stores: Stores,
+    said: list[str],
+    nodes: int = 2,
+    /,
+    ranks: int = 1,
+    **rules: float,
 ) -> Cluster:
     paths = RunPaths.of("run", directory / name)
     paths.make()
     return Cluster(
-        Member(name, "0", address=name, store=f"{name}:1"),
+        Member(name, "0", address=name, store=f"{name}:1", ranks=ranks),
         ("127.0.0.1:1",),
         Nodes(nodes),
         rules=Rules(nodes=nodes, **rules),  # type: ignore[arg-type]
@@ -144,6 +152,70 @@ def test_ranks_that_fail_on_two_nodes_at_once_end_the_job_with_one_code(tmp_path
         assert codes == [None, 5, 5]
         assert await asyncio.wait_for(agents[0].take_seat(1), 20) == Ended(5)
         await asyncio.gather(*(each.close() for each in agents))
+
+    asyncio.run(run())
+
+
+def test_a_spare_that_could_take_no_place_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_SILENCE_S", 1.5)
+
+    async def run() -> None:
+        stores, said = Memory(), list[str]()
+        agents = [agent(tmp_path, name, stores, said, **QUICK) for name in "ab"]
+        await asyncio.gather(*(each.take_seat(1) for each in agents))
+        wrong = {
+            "--nproc-per-node=2, but .* they have 1": agent(
+                tmp_path, "c", stores, said, ranks=2, **QUICK
+            ),
+            "--nnodes=3, but the others run with 2": agent(tmp_path, "d", stores, said, 3, **QUICK),
+        }
+        for words, spare in wrong.items():
+            with pytest.raises(LaunchError, match=words):
+                await asyncio.wait_for(spare.take_seat(1), 20)
+        await asyncio.gather(*(each.close() for each in (*wrong.values(), *agents)))
+
+    asyncio.run(run())
+
+
+def test_who_took_a_lost_nodes_place_and_is_refused_leaves_and_the_others_go_on(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        stores, said = Memory(), list[str]()
+        rules = {**QUICK, "arbiter": True}
+        one, other, lost = (agent(tmp_path, name, stores, said, 3, **rules) for name in "abc")
+        await asyncio.gather(*(each.take_seat(1) for each in (one, other, lost)))
+        await lost.close()
+        new = agent(tmp_path, "d", stores, said, 3, **rules)
+        await asyncio.gather(*(each.take_seat(1) for each in (one, other, new)))
+        refused = Report(cause="a wrong setting", code=2, refused=True)
+        assert await one.report(refused) is None
+        assert await new.report(refused) == 2
+        assert (await new.why(), await other.why()) == (
+            Report(cause="a wrong setting", code=2),
+            Report(cause="a wrong setting"),
+        )
+        await new.close()
+        better = agent(tmp_path, "e", stores, said, 3, **rules)
+        seats = await asyncio.gather(*(each.take_seat(1) for each in (one, other, better)))
+        assert all(isinstance(seat, Seat) and seat.cause == "node d was lost" for seat in seats)
+        assert await one.report(refused) is None
+        await asyncio.gather(*(each.close() for each in (one, other, better)))
+
+    asyncio.run(run())
+
+
+def test_who_is_refused_at_a_launch_ends_the_job(tmp_path: Path) -> None:
+    async def run() -> None:
+        stores, said = Memory(), list[str]()
+        one, other = (agent(tmp_path, name, stores, said, **QUICK) for name in "ab")
+        await asyncio.gather(one.take_seat(1), other.take_seat(1))
+        refused = Report(cause="a wrong setting", code=2, refused=True)
+        assert await one.report(refused) == 2
+        assert await other.why() == Report(cause="a wrong setting", code=2)
+        await asyncio.gather(one.close(), other.close())
 
     asyncio.run(run())
 

@@ -351,18 +351,20 @@ class Agent:
             )
         ends = decision != "restart" or self._stopped_by is not None
         told = f"rank {failed.rank} {cause}"
-        report = Report(cause=told, position=position, code=code if ends else None)
-        code = await self._team.report(report) or code
-        if refusal:
+        report = Report(
+            cause=told,
+            position=position,
+            code=code if ends else None,
+            refused=decision == "refused",
+        )
+        ended = await self._team.report(report)
+        code = ended or code
+        if ended is None:
+            decision = "restart"
+        elif refusal:
             self._terminal.say(refusal)
             return code
-        then = self._restarting()
-        if self._stopped_by is not None:
-            then = "ending"
-        elif decision == "refused":
-            then = f"a restart would end the same way: exit code {code}"
-        elif decision != "restart":
-            then = f"giving up with exit code {code}; its log is {worker.log.path}"
+        then = self._what_follows(decision, code, worker)
         at = time.strftime("%H:%M:%S", time.localtime(life.noticed[failed.rank]))
         self._terminal.say(f"{at} {told} → {then}")
         if decision == "restart":
@@ -376,6 +378,15 @@ class Agent:
             )
             raise CrashLoopError(msg)
         return code
+
+    def _what_follows(self, decision: str, code: int, worker: Worker) -> str:
+        if self._stopped_by is not None:
+            return "ending"
+        if decision == "refused":
+            return f"a restart would end the same way: exit code {code}"
+        if decision != "restart":
+            return f"giving up with exit code {code}; its log is {worker.log.path}"
+        return self._restarting()
 
     async def _after_news(self) -> int | None:
         """As `_after_failure`, where another node knows why all ranks restart."""

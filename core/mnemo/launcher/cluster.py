@@ -70,6 +70,7 @@ class End(msgspec.Struct, frozen=True, array_like=True):
     code: int | None
     cause: str = ""
     position: tuple[int, int, int] | None = None
+    refused: bool = False
 
 
 class Cluster:
@@ -124,6 +125,8 @@ class Cluster:
         """The epoch that an earlier launch had ended with, 0 for none; None if not looked for."""
         self._idle = asyncio.Event()
         """No rank runs here."""
+        self._is_new = True
+        """It has not taken part in two lives yet."""
 
     def __str__(self) -> str:
         spares = self._nodes.spares
@@ -165,11 +168,7 @@ class Cluster:
             epoch = await self._next_epoch()
             if isinstance(epoch, Ended):
                 return epoch
-            if len(epoch.members) != self._nodes.count:
-                raise LaunchError(
-                    f"--nnodes={self._nodes}, but the others run with {len(epoch.members)} nodes: "
-                    "use the same on all nodes"
-                )
+            self._require_fit(epoch)
             self._idle.clear()
             me = epoch.rank_of(self._me.key)
             assert me is not None
@@ -178,7 +177,7 @@ class Cluster:
                     await self._said.put(f"port/{epoch.number}", Port(port))
                 found = await self._await_port(epoch)
                 if found is not None:
-                    self._epoch = epoch
+                    self._is_new, self._epoch = self._epoch is None, epoch
                     return Seat(
                         world_size=epoch.world_size,
                         master_addr=epoch.members[0].address,
@@ -190,6 +189,24 @@ class Cluster:
                         cause=were_lost(epoch.lost),
                     )
             self._idle.set()
+
+    def _require_fit(self, epoch: Epoch) -> None:
+        """Refuse to take part, or to wait, where the others were started otherwise.
+
+        Raises:
+            LaunchError: They were.
+        """
+        if len(epoch.members) != self._nodes.count:
+            raise LaunchError(
+                f"--nnodes={self._nodes}, but the others run with {len(epoch.members)} nodes: use "
+                "the same on all nodes"
+            )
+        ranks = {member.ranks for member in epoch.members}
+        if self._me.ranks not in ranks:
+            raise LaunchError(
+                f"--nproc-per-node={self._me.ranks}, but no other node of this run has so many "
+                f"ranks: they have {', '.join(map(str, sorted(ranks)))}"
+            )
 
     async def _host_first(self) -> None:
         """The first of the places has to be hosted by whom it belongs to, unless the run goes on.
@@ -227,6 +244,9 @@ class Cluster:
             if (end := await self._end_of_job()) is not None:
                 return end
             self._operator.hear()
+            if self._machine.is_spare and loop.time() - begun > _SILENCE_S:
+                assert self._machine.committed is not None
+                self._require_fit(self._machine.committed)
             why = self._machine.waits_for
             if loop.time() - begun > _SILENCE_S and why and why != said:
                 self._say(f"waiting: {why}{self._operator.advice}")
@@ -310,7 +330,8 @@ class Cluster:
         if end is None:
             return Report(cause="", silent=self._machine.silent)
         position = Position(*end.position) if end.position else None
-        return Report(cause=end.cause, position=position, code=end.code)
+        code = None if end.refused and not self._is_new else end.code
+        return Report(cause=end.cause, position=position, code=code)
 
     async def is_elsewhere(self, code: int, tail: Iterable[str]) -> bool:
         """See `Team.is_elsewhere`."""
@@ -329,16 +350,18 @@ class Cluster:
 
         Where it ends the job this node agrees to no other epoch: the end stands at this one.
         """
-        if report.code is None:
-            self._idle.set()
         assert self._epoch is not None
-        at = report.position
+        at, code = report.position, report.code
+        refused = report.refused and bool(self._epoch.lost)
+        if refused and not self._is_new:
+            code = None
+        if code is None:
+            self._idle.set()
         position = (at.epoch, at.batch, at.step) if at else None
-        end = End(report.code, report.cause, position)
-        code = report.code
+        end = End(report.code, report.cause, position, refused)
         with contextlib.suppress(StoreLostError):
             await self._said.put(f"end/{self._epoch.number}", end)
-            if code is not None:
+            if code is not None and not refused:
                 code = (await self._said.put(f"over/{self._epoch.number}", end)).code
         self._driver.end_epoch()
         return code

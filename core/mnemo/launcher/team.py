@@ -23,12 +23,15 @@ class Report:
         position: Where the run was, if that is known.
         code: The exit code that the job ends with; None if all ranks restart.
         silent: What does not answer, in words, where there is no cause.
+        refused: A rank would not begin as it was started, and would not again. Where a node has
+            just taken a lost one's place that node leaves, and the others wait for another.
     """
 
     cause: str
     position: Position | None = None
     code: int | None = None
     silent: str = ""
+    refused: bool = False
 
 
 class Team(Protocol):
@@ -81,7 +84,8 @@ class Team(Protocol):
         """Tell the others that this life has failed here; they learn `why`.
 
         Returns:
-            The report's code, or that of another node which has ended the job before.
+            The report's code, or that of another node which has ended the job before; None if
+            the job goes on without the node that is to blame.
         """
         ...
 

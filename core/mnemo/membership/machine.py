@@ -157,9 +157,18 @@ class Machine:
             return f"{were_lost(seat.missing) or 'a member was lost'}, and nobody takes its place"
         if self.committed is not None and now >= self._held:
             return "too few members are here to decide"
-        if self.committed is not None and not self._is_in(self.committed):
+        if self.is_spare:
             return "this node is a spare"
         return "the nodes agree"
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether others run, or may, and this node is not needed."""
+        seat = self._seat
+        if seat is None or self._moment.now - seat.head_since > self._rules.node_loss_s:
+            return False
+        over = seat.state is None or seat.state.over
+        return self.committed is not None and not over and not self._is_in(self.committed)
 
     @property
     def silent(self) -> str:
