@@ -501,6 +501,21 @@ def test_another_model_is_said_once(cluster: Callable[..., Cluster]) -> None:
     assert "resumed from memory at step" in made.run()
 
 
+def test_another_program_on_one_rank_alone_is_said_and_not_exact(
+    cluster: Callable[..., Cluster],
+) -> None:
+    made = cluster(steps=400, MNEMO_PROTECT__NODES="1+1", MNEMO_SNAPSHOT__EVERY="1")
+    with made.life() as ranks:
+        until("a protected step", lambda: made.protected_step() > 0)
+        made.lose(ranks, [1])
+    made.own[1] = {"LR": "1e-4"}
+    said = lines(made.run())
+    assert "resumed although these changed since the snapshot: optimizer on rank 1\n" in said
+    assert re.search(
+        r"resumed from memory at step \d+, .*, not exact \(changed: optimizer on rank 1\)", said
+    )
+
+
 def test_a_wrong_setting_is_said_in_one_line_by_who_has_it(
     cluster: Callable[..., Cluster],
 ) -> None:

@@ -2,7 +2,7 @@
 
 Each rank appends ``STEP LOSS`` to ``losses-RANK`` at each step, and at the end writes the hash of
 all its parameters to ``hash-RANK``. With SKEW in the environment its clock is so many
-seconds off, with WIDTH the model has so many hidden units.
+seconds off, with WIDTH the model has so many hidden units, with LR the optimizer that rate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def train(out: Path, steps: int) -> None:
     # Its buckets have the same order in the first step of a life as later: exact on many ranks.
     model = DistributedDataParallel(net, find_unused_parameters=True)
     torch.manual_seed(rank)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=float(os.environ.get("LR", "1e-3")))
     data = TensorDataset(torch.randn(steps * 4 * dist.get_world_size(), 64))
     loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data))
     run = mnemo.Session(model=model, optimizer=optimizer)

@@ -397,6 +397,8 @@ class Agent:
         if code != news.code:
             code = await self._team.report(Report(cause=news.cause, code=code))
         then = self._restarting() if code is None else f"ending with exit code {code}"
+        if exhausted and news.code is None:
+            then += ", since the restarts are used up (--max-restarts)"
         cause = news.cause or news.silent
         if news.cause:
             self._journal.write("failure", cause=cause, noticed=self._moved, decision=then)

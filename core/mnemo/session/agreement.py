@@ -88,3 +88,19 @@ def require_same_settings(config: ResolvedConfig, place: Place) -> None:
                     f"{key} is {value or 'not set'} on rank 0 and {other.get(key) or 'not set'} on "
                     f"rank {rank}: give all ranks the same"
                 )
+
+
+def of_all_ranks(place: Place, mine: list[str]) -> list[str]:
+    """What any rank names, and which rank where not all name it. Collective."""
+    if place.world_size == 1:
+        return mine
+    decode = msgspec.msgpack.Decoder(list[str]).decode
+    told = [decode(words) for words in place.gather(msgspec.msgpack.encode(mine))]
+    named: dict[str, list[int]] = {}
+    for rank, words in enumerate(told):
+        for word in words:
+            named.setdefault(word, []).append(rank)
+    return [
+        word if len(ranks) == place.world_size else f"{word} on rank {', '.join(map(str, ranks))}"
+        for word, ranks in sorted(named.items())
+    ]

@@ -23,7 +23,7 @@ from mnemo.errors import ConfigError, IdentityError, ModelChangedError, Protecti
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import afterwards, announce, nodes, report
 from mnemo.session.accord import Accord
-from mnemo.session.agreement import on_all_ranks, or_none, require_same_settings
+from mnemo.session.agreement import of_all_ranks, on_all_ranks, or_none, require_same_settings
 from mnemo.session.finder import Finder, Restored, persist_settings
 from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
 from mnemo.session.losses import Losses
@@ -189,7 +189,7 @@ class Keeper:
         self._pace.begin(self._base)
 
     def begin(self, fingerprints: dict[str, str]) -> None:
-        """Training starts now: snapshots can be taken from here on.
+        """Training starts now: snapshots can be taken from here on. Collective.
 
         Args:
             fingerprints: Of what should be the same when the run is resumed; what differs from
@@ -201,7 +201,10 @@ class Keeper:
         )
         slot, board = self.place.local_rank, self._link.board
         board.report(slot, replace(board.position(slot), time=time.time()))  # this life is here too
-        changes = self._changes = describe_changes(self._then, fingerprints)
+        if self._then:
+            mine = describe_changes(self._then, fingerprints)
+            self._changes = of_all_ranks(self.place, mine)
+        changes = self._changes
         if changes and self.place.rank == 0:
             report.say(f"resumed although these changed since the snapshot: {', '.join(changes)}")
             self.journal.write("changed", run=self.identity.run_id, what=changes)
