@@ -162,8 +162,8 @@ class Replacing:
                 self.give_up(f"what came in its place {_ended(code)}")
                 return True
         elif why_not := self._why_not(worker, code):
-            if loss:
-                self.give_up(why_not)
+            self._ready.discard(rank)
+            self.give_up(why_not)
             return False
         self._replace(worker, code)
         return True
@@ -237,6 +237,7 @@ class Replacing:
         except LaunchError as error:
             self.give_up(str(error))
             return
+        self._channels[rank].tell(lost)
         self._took(f"started_{self._epoch}")
         end_orphans(rank, {each.pid for each in self._life.workers.values()} | self.pids)
         if self._timer:

@@ -194,24 +194,31 @@ class Reserve:
         self._standbys.remove(standby)
         standby.close()
         if isinstance(said, Reads):
-            if not said.line:
-                self._give_up(f"{said.module} reads {said.variable} while it is imported")
-                return
-            self._until = said.line
-            self._say(
-                f"{said.module} reads {said.variable} while it is imported, which a standby does "
-                f"not know yet: it leaves {self._script} from line {said.line} on to the rank that "
-                "it becomes, which takes longer then"
-            )
+            self._reads(said)
         else:
-            self._deaths += 1
-            assert standby.code is not None
-            ended = f"a standby {describe(standby.code, out_of_memory=False, last_line='')}"
-            if self._deaths >= _MOST_DEATHS:
-                self._give_up(f"{ended}, the {self._deaths}rd one of this life")
-                return
-            self._say(f"{ended} → another one is started")
+            self._died(standby)
+
+    def _reads(self, said: Reads) -> None:
+        reads = f"{said.module} reads {said.variable} while it is imported"
+        if not said.line:
+            self._give_up(reads)
+            return
+        self._until = said.line
         self.fill()
+        self._say(
+            f"{reads}, which a standby does not know yet: it leaves {self._script} from line "
+            f"{said.line} on to the rank that it becomes, which takes longer then"
+        )
+
+    def _died(self, standby: Standby) -> None:
+        self._deaths += 1
+        assert standby.code is not None
+        ended = f"a standby {describe(standby.code, out_of_memory=False, last_line='')}"
+        if self._deaths >= _MOST_DEATHS:
+            self._give_up(f"{ended}, the {self._deaths}rd one of this life")
+            return
+        self.fill()
+        self._say(f"{ended} → another one is started")
 
     def _say_ready(self, warm: Warm) -> None:
         if self._said or not all(standby.is_warm for standby in self._standbys):

@@ -78,8 +78,8 @@ class Cannot(msgspec.Struct, frozen=True, tag="cannot"):
 class Lost(msgspec.Struct, frozen=True, tag="lost"):
     """Agent to rank: processes are gone, and others come in their places.
 
-    Also to those who came in the places of some that were lost shortly before: they join in this
-    epoch, together.
+    Also to who comes in their places: the first that it is told. If others are lost before it is
+    back, it is told again, and joins in that epoch, together with what comes in their places.
 
     Attributes:
         epoch: The new membership epoch, greater than all before.
