@@ -1,4 +1,7 @@
-"""mnemo for Lightning: add `MnemoCallback` to a Trainer and nothing else."""
+"""mnemo for Lightning: add `MnemoCallback` to a Trainer and nothing else.
+
+With ``strategy="mnemo_ddp"`` and ``mnemo run`` a rank that dies is replaced while the others go on.
+"""
 
 from __future__ import annotations
 
@@ -12,5 +15,6 @@ except ImportError as error:
     ) from error
 
 from lightning_mnemo.callback import MnemoCallback
+from lightning_mnemo.strategy import MnemoDDPStrategy
 
-__all__ = ["MnemoCallback"]
+__all__ = ["MnemoCallback", "MnemoDDPStrategy"]

@@ -103,7 +103,7 @@ class Boundaries:
         self._steps_before = trainer.global_step
         if restored is None:
             return
-        self._number = restored.tick // 2
+        self._number = restored.tick // 2 - restored.base
         if restored.state["validation_pending"]:
             loop = trainer.fit_loop.epoch_loop
             self._validate(fetcher, type(loop).on_advance_end.__get__(loop))

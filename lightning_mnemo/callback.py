@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 
 from lightning_mnemo.boundaries import Boundaries
 from lightning_mnemo.checks import require_supported, what_is_off
+from lightning_mnemo.extras import replicas
 from lightning_mnemo.identity import fingerprints
 from lightning_mnemo.loops import LoopHooks
 from lightning_mnemo.resume import Resume
@@ -104,12 +105,15 @@ class MnemoCallback(pl.Callback):
         keeper, resume, hooks = self._keeper, self._resume, self._hooks
         if keeper is None or resume is None or hooks is None:
             return
-        keeper.begin({**fingerprints(trainer), **resume.made})
+        keeper.begin(
+            {**fingerprints(trainer), **resume.made},
+            replicas(trainer),
+        )
         if resume.restored is None:
             resume.announce_without()
             keeper.reserve(expected_size(pl_module, trainer.optimizers))
         if keeper.place.rank == 0:
-            for line in what_is_off(trainer):
+            for line in what_is_off(trainer, keeper.why_not_replaced):
                 say(line)
         resume.outputs.attach()
         self._boundaries = Boundaries(trainer, keeper, resume)
@@ -143,7 +147,7 @@ class MnemoCallback(pl.Callback):
     ) -> None:
         """Every rank, right before parameters change."""
         if self._keeper is not None:
-            self._keeper.before_update()
+            self._keeper.pass_update()
             faults.reach("update", step=trainer.global_step)
 
     def on_validation_batch_start(

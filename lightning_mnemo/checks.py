@@ -6,11 +6,20 @@ import os
 import threading
 
 import lightning.pytorch as pl
+from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mnemo.errors import ConfigError, ModelChangedError
+
+_BETWEEN_UPDATES = (
+    "BatchSizeFinder",
+    "LearningRateFinder",
+    "StochasticWeightAveraging",
+    "WeightAveraging",
+)
+"""Callbacks that write parameters; not every version has them all."""
 
 
 def require_supported(trainer: object, callback: type[pl.Callback]) -> None:
@@ -61,16 +70,35 @@ def writes_early(trainer: pl.Trainer) -> bool:
     )
 
 
-def what_is_off(trainer: pl.Trainer) -> list[str]:
-    """What this training lacks, in lines for its start."""
+def why_not_replaced(trainer: pl.Trainer) -> str:
+    """Why a rank of this fit cannot be replaced while the others go on; empty if it can."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if getattr(trainer.strategy, "_process_group_backend", "") != "mnemo":
+        return 'needs strategy="mnemo_ddp" and mnemo run'
+    if not trainer.lightning_module.automatic_optimization:
+        return "optimization is manual"
+    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        return "loaders are made anew (reload_dataloaders_every_n_epochs)"
+    writers = tuple(getattr(lightnings, n) for n in _BETWEEN_UPDATES if hasattr(lightnings, n))
+    for callback in callbacks:
+        if isinstance(callback, writers):
+            return f"{type(callback).__name__} writes parameters between two updates"
+    return ""
+
+
+def what_is_off(trainer: pl.Trainer, why_not: str) -> list[str]:
+    """What this training lacks, in lines for its start.
+
+    Args:
+        trainer: Whose fit it is.
+        why_not: Why no rank is replaced; empty if one is.
+    """
     lines = []
-    if trainer.world_size > 1:
-        lines.append(
-            "when one rank dies, all start again from memory: this version replaces no single rank"
-            if "MNEMO_AGENT" in os.environ
-            else "when one rank dies, the others end too, and the next start resumes from memory: "
-            "mnemo run starts them again by itself"
-        )
+    if trainer.world_size > 1 and why_not:
+        then = "a crash restarts all ranks from memory"
+        if "MNEMO_AGENT" not in os.environ:
+            then = "a crash ends all ranks, and the next start resumes from memory"
+        lines.append(f"replacing a single rank is off: {why_not}; {then}")
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         lines.append(
             "forked or spawned ranks cannot tell a script's fits apart: only one fit may use this "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,10 +12,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
+from lightning_mnemo.checks import why_not_replaced
 from mnemo.session.attributes import AttributeWatch
 from mnemo.session.keeper import Keeper
 from mnemo.session.modules import Modules
+from mnemo.session.replacing import Replicas
 from mnemo.session.unsaved import Unsaved
+from mnemo.snapshot.listing import tensors_of
 
 _LIGHTNINGS = {
     *vars(pl.LightningModule()),
@@ -25,6 +29,16 @@ _LIGHTNINGS = {
 
 _SETTINGS = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 """What of a trainer is asked anew at every batch, so that some change it while they train."""
+
+
+def replicas(trainer: pl.Trainer) -> Replicas:
+    """What all ranks hold alike between two updates, in data-parallel training."""
+
+    def tensors() -> Iterator[torch.Tensor]:
+        yield from trainer.lightning_module.parameters()
+        yield from tensors_of(trainer.optimizers)
+
+    return Replicas(tensors, trainer.strategy.model, why_not_replaced(trainer))
 
 
 class Extras:

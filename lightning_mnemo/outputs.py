@@ -89,18 +89,16 @@ class Outputs:
 
     def _overwrite_repeated(self, callback: ModelCheckpoint) -> None:
         """A file that an earlier life wrote is replaced, instead of a ``-v1`` beside it."""
-        original = callback.file_exists
         earlier: set[str] | None = None
 
         def file_exists(filepath: Any, trainer: pl.Trainer) -> bool:
             nonlocal earlier
             if earlier is None:  # by now the callback knows its directory
                 earlier = {str(p) for p in Path(callback.dirpath or "").glob("*.ckpt")}
-            # Collective: the first rank has looked, and its answer counts.
-            exists = original(filepath, trainer)
-            again = trainer.strategy.broadcast(str(filepath) in earlier)
+            exists = callback._fs.exists(filepath) and str(filepath) not in earlier
             earlier.discard(str(filepath))
-            return exists and not again
+            # As the callback's own does: a rank that takes another's place asks for the same.
+            return bool(trainer.strategy.broadcast(exists))
 
         callback.file_exists = file_exists  # type: ignore[method-assign]
         self._patched.append(callback)

@@ -74,6 +74,7 @@ class Resume:
         hooks.around(trainer.strategy, "load_model_state_dict", self._around_load_model)
         hooks.around(trainer.strategy, "load_optimizer_state_dict", self._around_load_optimizers)
         hooks.around(trainer.fit_loop, "setup_data", self._around_setup_data)
+        hooks.around(trainer, "_run_sanity_check", self._around_sanity_check)
         # A search goes back to where it began by a checkpoint of its own: no start of a fit.
         resume_start = self.searches.apart(self._around_resume_start)
         hooks.around(trainer._checkpoint_connector, "resume_start", resume_start)
@@ -94,6 +95,13 @@ class Resume:
                 original()
         finally:
             self._making_loaders = False
+
+    def _around_sanity_check(self, trainer: pl.Trainer, original: Callable[[], None]) -> None:
+        """A rank that takes another's place makes no check, but loaders as that one did."""
+        if trainer.enable_validation and self._keeper.replaces:  # type: ignore[attr-defined]
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        with self._keeper.not_repeated():
+            original()
 
     def _around_setup_optimizers(
         self, trainer: pl.Trainer, original: Callable[..., None], *args: Any, **named: Any
@@ -169,6 +177,8 @@ class Resume:
         restored = self.restored
         if restored is not None:
             why = f"fit(ckpt_path={path!r}) was asked for"
+            if self._keeper.joins:
+                return
             if path in _found_by_lightning(self._trainer):
                 if restored.step >= step:
                     return

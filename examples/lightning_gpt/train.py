@@ -1,6 +1,7 @@
 """Train the GPT on any number of CPU ranks, with mnemo or without.
 
 mnemo run --nproc-per-node=2 train.py --ranks 2 --steps 200
+mnemo run --nproc-per-node=2 train.py --ranks 2 --steps 200 --strategy mnemo_ddp
 python train.py --ranks 2 --steps 200 --no-mnemo
 """
 
@@ -62,6 +63,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="blocks of the model")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("gpt-run"), help="where results go")
+    parser.add_argument(
+        "--strategy",
+        default="ddp",
+        help="mnemo_ddp, under mnemo run: a rank that dies is replaced while the others go on",
+    )
     parser.add_argument("--no-mnemo", action="store_true", help="train without fault tolerance")
     args = parser.parse_args()
 
@@ -74,7 +80,7 @@ def main() -> None:
         callbacks.append(MnemoCallback(HERE / "mnemo.yaml"))
     trainer = L.Trainer(
         accelerator="cpu",
-        strategy="ddp" if args.ranks > 1 else "auto",
+        strategy=args.strategy if args.ranks > 1 else "auto",
         devices=args.ranks,
         max_steps=args.steps,
         val_check_interval=20,

@@ -48,12 +48,14 @@ def test_the_other_package_of_the_same_code() -> None:
 def test_what_is_off_depends_on_who_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Pretends(SimpleNamespace(launcher=None, world_size=2))
     monkeypatch.delenv("MNEMO_AGENT", raising=False)
-    [line] = what_is_off(trainer)
-    assert line.startswith("when one rank dies, the others end too")
-    assert "mnemo run" in line
+    why = "needs mnemo run"
+    [line] = what_is_off(trainer, why)
+    off = "replacing a single rank is off: needs mnemo run; "
+    assert line == f"{off}a crash ends all ranks, and the next start resumes from memory"
     monkeypatch.setenv("MNEMO_AGENT", "1")
-    [line] = what_is_off(trainer)
-    assert line.startswith("when one rank dies, all start again from memory")
+    [line] = what_is_off(trainer, why)
+    assert line == f"{off}a crash restarts all ranks from memory"
+    assert what_is_off(trainer, "") == []
 
 
 def test_wrong_settings_are_told_before_training() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import logging
 import secrets
 import time
@@ -21,7 +22,7 @@ from mnemo import faults
 from mnemo.config import Overrun, ResolvedConfig, Resume
 from mnemo.errors import ConfigError, IdentityError, ModelChangedError, ProtectionError, SmpError
 from mnemo.recovery.journal import Journal, journal_path
-from mnemo.session import afterwards, announce, nodes, report
+from mnemo.session import afterwards, announce, nodes, replacing, report
 from mnemo.session.accord import Accord
 from mnemo.session.agreement import of_all_ranks, on_all_ranks, or_none, require_same_settings
 from mnemo.session.finder import Finder, Restored, persist_settings
@@ -29,11 +30,13 @@ from mnemo.session.identity import RunIdentity, describe_changes, launch_of, req
 from mnemo.session.losses import Losses
 from mnemo.session.pace import Pace
 from mnemo.session.place import Place
+from mnemo.session.replacing import Replicas
 from mnemo.session.saved import Saved, ask_what_is_saved
 from mnemo.session.sources import NOTHING
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
 from mnemo.smp.paths import RunPaths
+from mnemo.snapshot import tree
 from mnemo.snapshot.engine import SnapshotEngine
 from mnemo.snapshot.rng import capture_rng
 from mnemo.transport import auth
@@ -58,8 +61,8 @@ class End(enum.Enum):
 class Keeper:
     """See the module.
 
-    Its life: `find`, `accept` or `forget`, `begin`, `announce`; then `before_update` and `boundary`
-    at each step; then `close`.
+    Its life: `find`, `accept` or `forget`, `begin`, `announce`; then `before_update`, `pass_update`
+    and `boundary` at each step; then `close`.
     """
 
     def __init__(
@@ -120,6 +123,9 @@ class Keeper:
             config, identity, place, self._link, self._secret, persist, fit, self._launch
         )
         self._engine: SnapshotEngine | None = None
+        self._replacing, self.why_not_replaced = replacing.begin(place, self._link, fit)
+        """What the second says is why a rank that dies is not replaced while the others go on."""
+        self._parts: dict[str, tree.Part] = {}
         self._stopping = False
         self._patience_s = 60.0
         """How long the end of the fit waits for the snapshot process, at each thing."""
@@ -146,8 +152,24 @@ class Keeper:
             IdentityError: What is in memory is of another number of ranks, or of nodes that have
                 none in common.
         """
-        with on_all_ranks(self.place, IdentityError):
+        if self._replacing is not None and self.joins:
+            return self._replacing.find()
+        with self.not_repeated(), on_all_ranks(self.place, IdentityError):
             return self._finder.find()
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a rank that dies can be replaced while the others go on."""
+        return self._replacing is not None
+
+    @property
+    def joins(self) -> bool:
+        """Whether this process takes a lost rank's place, and the others wait for it."""
+        return self._replacing is not None and replacing.is_joining()
+
+    def not_repeated(self) -> contextlib.AbstractContextManager[None]:
+        """Around what such a process does not ask the others for, as it does the rest."""
+        return replacing.not_repeated()
 
     def accept(
         self,
@@ -169,11 +191,14 @@ class Keeper:
         """
         paths = ["state." + prefix for prefix in prefixes]
         run = self.identity.run_id
-        with or_none(self.place, ModelChangedError):
+        # A rank that joins agrees with itself.
+        with self.not_repeated(), or_none(self.place, ModelChangedError):
             require_same_model(restored.entries, model, paths, run, restored.step, flexible)
-        self._link.ask(m.Resume(restored.tick if restored.origin == "memory" else NOTHING), m.Done)
+        if not self.joins:
+            kept = restored.tick if restored.origin == "memory" else NOTHING
+            self._link.ask(m.Resume(kept), m.Done)
         self._base = restored.base
-        self._pace.begin(restored.tick // 2)
+        self._pace.begin(restored.tick // 2, anew=not self.joins)
         self._then = restored.fingerprints
 
     def forget(self) -> None:
@@ -183,34 +208,52 @@ class Keeper:
         """
         self._link.ask(m.Resume(NOTHING), m.Done)
         self._reached = 0
-        newest = self._finder.newest_stored()
+        with self.not_repeated():
+            newest = self._finder.newest_stored()
         every = self.config.snapshot.every or 1
         self._base = -(-(newest // 2 + 1) // every) * every
         self._pace.begin(self._base)
 
-    def begin(self, fingerprints: dict[str, str]) -> None:
+    def begin(self, fingerprints: dict[str, str], replicas: Replicas | None = None) -> None:
         """Training starts now: snapshots can be taken from here on. Collective.
 
         Args:
             fingerprints: Of what should be the same when the run is resumed; what differs from
                 the snapshot resumed from is reported.
+            replicas: What all ranks hold alike, if they do.
         """
         world = str(self.place.world_size)
-        self._start_engine(
-            {**fingerprints, "launch": self._launch, "life": self._life, "world": world}
-        )
+        identity = {**fingerprints, "launch": self._launch, "life": self._life, "world": world}
+        self._start_engine(identity)
+        if replicas is not None:
+            self.why_not_replaced = replicas.why_not or self.why_not_replaced
+            if self._replacing is not None:
+                self.why_not_replaced = self._replacing.prepare(identity, replicas)
+                self._replacing = None if self.why_not_replaced else self._replacing
         slot, board = self.place.local_rank, self._link.board
         board.report(slot, replace(board.position(slot), time=time.time()))  # this life is here too
         if self._then:
             mine = describe_changes(self._then, fingerprints)
-            self._changes = of_all_ranks(self.place, mine)
+            with self.not_repeated():
+                self._changes = of_all_ranks(self.place, mine)
         changes = self._changes
+        if changes and self._replacing is not None and self.joins:
+            self._replacing.refuse(f"the program was changed meanwhile: {', '.join(changes)}")
         if changes and self.place.rank == 0:
             report.say(f"resumed although these changed since the snapshot: {', '.join(changes)}")
             self.journal.write("changed", run=self.identity.run_id, what=changes)
 
     def announce(self, restored: Restored | None, *, exact: bool = True, note: str = "") -> None:
-        """The line that every start prints, and the journal's record of it. Rank 0 only."""
+        """All is restored: the line that every start prints, and the journal's record of it.
+
+        Rank 0 only. A process that takes a lost rank's place becomes one of the ranks here, of
+        which `mnemo run` tells.
+        """
+        if self._replacing is not None and self.joins:
+            if not exact:
+                self.degraded("not exact", f"rank {self.place.rank} was replaced: {note}")
+            self._replacing.join()
+            return
         if self.place.rank != 0:
             return
         announce.unattended(self.paths)
@@ -282,15 +325,39 @@ class Keeper:
             self._losses.observe(loss)
             self._pace.reach(number)
             self._stopping = self._stopping or self._pace.stops_at(number)
-        if self._pace.is_due(number) or self._stopping:
-            self._take(position, state, volatile, watch, loss)
+        due = self._pace.is_due(number) or self._stopping
+        listed = functools.cache(lambda: self._list(state))
+        if due:
+            self._take(position, listed, volatile, watch, loss)
+        if self._replacing is not None:
+            self._stand_by(self._replacing, position, listed)
         if not after:
             self._pace.leave(number)
+
+    def _list(self, state: Callable[[], object]) -> tree.TakenApart:
+        whole = {"rng": capture_rng(), "base": self._base, "state": state()}
+        return tree.take_apart(whole, self._parts)
+
+    def _stand_by(
+        self,
+        replaces: replacing.Replacing,
+        position: Position,
+        listed: Callable[[], tree.TakenApart],
+    ) -> None:
+        """Others can go on without this process, and it without them."""
+        if self._stopping:
+            replaces.withdraw("it was asked to stop")
+        try:
+            replaces.boundary(position.tick, position.step, listed())
+        except Exception as error:
+            log.exception("the state of step %d could not be written down", position.step)
+            replaces.withdraw(f"its state could not be written down: {error}")
+        replaces.mark(position.tick)
 
     def _take(
         self,
         position: Position,
-        state: Callable[[], object],
+        listed: Callable[[], tree.TakenApart],
         volatile: Callable[[], Collection[int]],
         watch: tuple[str, ...],
         loss: torch.Tensor | None,
@@ -305,7 +372,7 @@ class Keeper:
                 self._engine.capture(
                     position.tick,
                     position.step,
-                    {"rng": capture_rng(), "base": self._base, "state": state()},
+                    listed(),
                     {"step": position.step, "epoch": position.epoch, "batch": position.batch},
                     volatile=volatile(),
                     watch=tuple("state." + w for w in watch),
@@ -345,6 +412,12 @@ class Keeper:
         """Parameters are about to change: wait for the copy that is under way. Seconds waited."""
         return self._engine.before_update() if self._engine is not None else 0.0
 
+    def pass_update(self) -> None:
+        """All ranks are about to update their parameters: `before_update`, and a barrier of all."""
+        self.before_update()
+        if self._replacing is not None:
+            self._replacing.pass_update()
+
     def pause(self) -> None:
         """Something that is not a training step runs now: it does not count as step time."""
         self._pace.pause()
@@ -381,6 +454,9 @@ class Keeper:
     def close(self, end: End) -> None:
         """End this fit."""
         idle = True
+        if self._replacing is not None:
+            self._replacing.close()
+            self._replacing = None
         if end is End.FINISHED:
             self._pace.close()
         if self._engine is not None:

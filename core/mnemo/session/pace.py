@@ -53,10 +53,18 @@ class Pace:
         self._stored = time.perf_counter()
         """When rank 0 last said that one should go to storage."""
 
-    def begin(self, boundary: int) -> None:
-        """Training goes on behind ``boundary``; the first snapshot is due after one step."""
-        if self._leads:
+    def begin(self, boundary: int, *, anew: bool = True) -> None:
+        """Training goes on behind ``boundary``; the first snapshot is due after one step.
+
+        Args:
+            boundary: The newest that is done.
+            anew: On all ranks; else this one takes a lost one's place, and the board's word counts.
+        """
+        if not self._leads:
+            return
+        if anew:
             self._board.reset()
+        if anew or self._board.scheduled() <= boundary:
             self._board.schedule(boundary + 1)
 
     def reach(self, number: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from mnemo.config import ResolvedConfig, Resume
+from mnemo.recovery import control
 from mnemo.session.identity import resolve_identity
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
@@ -88,7 +89,8 @@ def begin(config: ResolvedConfig) -> None:
 
 def _begin(config: ResolvedConfig) -> _Reading | None:
     rank, identity = os.environ.get("RANK", ""), resolve_identity(config)
-    if config.run.resume is Resume.never or not (rank.isdecimal() and identity.stable):
+    known = rank.isdecimal() and identity.stable and control.joins() is None
+    if config.run.resume is Resume.never or not known:
         return None
     paths = RunPaths.of(identity.run_id, config.run.dir)
     return _Reading(paths, int(rank)) if paths.read_record() is not None else None

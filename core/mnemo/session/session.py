@@ -29,6 +29,7 @@ from mnemo.session.keeper import End, Keeper
 from mnemo.session.modules import ModuleTree
 from mnemo.session.passes import LoaderPosition
 from mnemo.session.place import current_place, next_fit, shared_identity
+from mnemo.session.replacing import Replicas
 from mnemo.session.stop import leave, on_sigterm
 from mnemo.session.unsaved import Unsaved
 from mnemo.smp.board import Position
@@ -38,6 +39,7 @@ from mnemo.snapshot.listing import (
     module_state,
     optimizer_state,
     restore_optimizer,
+    tensors_of,
 )
 
 
@@ -164,7 +166,7 @@ class Session:
                 Name it in ``objects``, so that its scale is kept.
         """
         if self._keeper is not None:
-            self._keeper.before_update()
+            self._keeper.pass_update()
         skipped = False
         if scaler is None:
             found = self._optimizer.step(closure) if closure else self._optimizer.step()
@@ -217,7 +219,8 @@ class Session:
                     **group_fingerprints([self._optimizer]),
                     "data": data_fingerprint([loader]),
                     "script": script_fingerprint(),
-                }
+                },
+                Replicas(self._replicated, self._model),
             )
             if restored is None:
                 data.prepare(None, keeper.degraded)
@@ -304,6 +307,10 @@ class Session:
 
     def _volatile(self) -> set[int]:
         return {b.data_ptr() for b in self._model.buffers() if b.layout is torch.strided}
+
+    def _replicated(self) -> Iterator[torch.Tensor]:
+        yield from self._model.parameters()
+        yield from tensors_of([self._optimizer])
 
     def _expected_size(self) -> int:
         return expected_size(self._model, [self._optimizer])

@@ -87,6 +87,10 @@ class Board:
         """Whether a generation is due at ``tick``."""
         return tick in _SCHEDULE.unpack_from(self._map, 0)
 
+    def scheduled(self) -> int:
+        """When the newest generation that was scheduled is due, -1 if none was."""
+        return int(_SCHEDULE.unpack_from(self._map, 0)[1])
+
     def request_stop(self) -> None:
         """Any rank: training should stop after a step that the leader will name."""
         _WORD.pack_into(self._map, _STOP_REQUESTED, 1)

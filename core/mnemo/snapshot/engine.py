@@ -116,7 +116,7 @@ class SnapshotEngine:
         Args:
             tick: Number of the generation, the same on all ranks, growing.
             step: Optimizer steps done.
-            state: Nested dicts, lists, tuples; tensors by reference.
+            state: Nested dicts, lists, tuples, tensors by reference; or that, taken apart.
             position: Where the run is, for people and for counting lost steps.
             volatile: ``data_ptr`` of tensors that may change before the next update (buffers).
             watch: Path prefixes of tensors that must be finite; else the snapshot is suspect.
@@ -126,7 +126,7 @@ class SnapshotEngine:
         if self._job is not None and self._job.cancelled and not self._job.done.is_set():
             self.counters.dropped += 1  # it still waits for a buffer: so would this one
             return
-        taken = tree.take_apart(state, self._parts)
+        taken = state if isinstance(state, tree.TakenApart) else tree.take_apart(state, self._parts)
         plan, tensors = plan_for(self._plan, taken, volatile, watch, self._at_once)
         self._plan = plan
         for target, source in plan.own_moves():

@@ -7,6 +7,7 @@ see whether they are still the same ones, takes a tenth of one.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -95,6 +96,20 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         groups.append(packed)
     state = Stable(tensors, lambda: optimizer.state_dict()["state"], key=len(optimizer.state))
     return {"state": state, "param_groups": groups}
+
+
+def tensors_of(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[torch.Tensor]:
+    """All tensors of the optimizers' states."""
+    for optimizer in optimizers:
+        yield from _tensors_in(list(optimizer.state.values()))
+
+
+def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(each)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -1,0 +1,109 @@
+"""A rank that dies is replaced while the others go on: they repeat nothing, and no bit differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import Result, launch
+
+from mnemo.faults import Declaration, Fault, Hook
+
+SESSION = Path(__file__).parents[1] / "scripts" / "session_replaced.py"
+FORWARDS, STEPS = 30, 15
+"""Of one rank of two."""
+
+
+def _train(out: Path, ranks: int, *faults: Fault) -> Result:
+    out.mkdir()
+    declared = Declaration(faults, record=str(out / "fired"))
+    ended = launch(
+        "run.name=lab",
+        f"--nproc-per-node={ranks}",
+        str(SESSION),
+        str(out),
+        cwd=out,
+        MNEMO_RUN_ID=out.name,
+        MNEMO_RUN__JOURNAL=str(out / "journal"),
+        **declared.environ(),
+    )
+    assert ended.code == 0, ended.err
+    declared.assert_fired()
+    return ended
+
+
+def _end(out: Path) -> Any:
+    return json.loads((out / "0.json").read_text())
+
+
+def _notes(out: Path) -> dict[int, list[list[dict[str, Any]]]]:
+    """What each process of each rank did, in the order in which they ended."""
+    found: dict[int, list[list[dict[str, Any]]]] = {}
+    for path in sorted(out.glob("*-*.jsonl"), key=lambda p: p.stat().st_mtime):
+        notes = [json.loads(line) for line in path.read_text().splitlines()]
+        found.setdefault(int(path.name.partition("-")[0]), []).append(notes)
+    return found
+
+
+def _losses(notes: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
+    return [(n["step"], n["loss"], n["rng"]) for n in notes if "step" in n]
+
+
+def _forwards(notes: list[dict[str, Any]]) -> int:
+    return sum("forward" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("rank", "phase"),
+    [
+        (0, "backward"),
+        pytest.param(1, "backward", marks=pytest.mark.campaign),
+        pytest.param(1, "forward", marks=pytest.mark.campaign),
+        pytest.param(0, "loading", marks=pytest.mark.campaign),
+        pytest.param(0, "between", marks=pytest.mark.campaign),
+    ],
+)
+def test_a_rank_of_two(tmp_path: Path, rank: int, phase: str) -> None:
+    """Its buffers, its random numbers and its place in the data are those of the lost one."""
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    _train(calm, 2)
+    ended = _train(struck, 2, Fault("sigkill", rank, Hook(phase, 5)))
+    assert _end(struck) == _end(calm)
+    expected, found = _notes(calm), _notes(struck)
+    (left,) = found[1 - rank]
+    assert _forwards(left) == FORWARDS
+    assert _losses(left) == _losses(expected[1 - rank][0])
+    lost, joined = found[rank]
+    assert _losses(lost) + _losses(joined) == _losses(expected[rank][0])
+    assert _forwards(lost) + _forwards(joined) <= FORWARDS + 2  # its own micro-batches
+    assert f"rank {rank} killed by SIGKILL → " in ended.err
+    assert f"state from rank {1 - rank}" in ended.err
+    assert "0 steps lost, exact" in ended.err
+    assert "restart" not in ended.err.partition("logs in")[2]
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_of_three_twice(tmp_path: Path, rank: int) -> None:
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    _train(calm, 3)
+    faults = (
+        Fault("sigkill", rank, Hook("backward", 2)),
+        Fault("sigkill", 1, Hook("forward", 6)),
+    )
+    ended = _train(struck, 3, *faults)
+    assert _end(struck) == _end(calm)
+    assert ended.err.count("0 steps lost, exact") == 2
+
+
+@pytest.mark.campaign
+def test_what_cannot_be_replaced_starts_again_from_memory(tmp_path: Path) -> None:
+    """Where parameters may be half updated, nobody tries."""
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    _train(calm, 2)
+    ended = _train(struck, 2, Fault("sigkill", 1, Hook("update", 5)))
+    assert _end(struck) == _end(calm)
+    assert "all 2 ranks restart" in ended.err
+    assert "resumed from memory" in ended.err
