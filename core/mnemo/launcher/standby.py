@@ -21,7 +21,6 @@ import sys
 import threading
 import traceback
 from importlib.machinery import SourceFileLoader
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -124,8 +123,9 @@ class Script:
             self.path, self._package = spec.origin, spec.parent
         else:
             # As the interpreter has it, which does not resolve anything.
-            self.path, self._package = str(Path.cwd() / name), None
+            self.path, self._package = os.path.join(os.getcwd(), name), None  # noqa: PTH109, PTH118
         sys.argv = [self.path if self._is_module else name, *args]
+        sys.orig_argv[2:] = words
 
     def warm_up(self, until: int | None) -> int | None:
         """Execute its imports, up to the line ``until``; see `Preamble.rest`."""
