@@ -95,18 +95,22 @@ class World:
     def first_place(self) -> str:
         return ETCD if self.rules.arbiter else "a"
 
-    def start(self, name: str) -> Node:
-        """An agent on the node ``name``, which has none."""
+    def start(self, name: str, *, alone: bool = False) -> Node:
+        """An agent on the node ``name``, which has none; ``alone`` it knows the first place only.
+
+        At that place it hosts a Store then.
+        """
         assert not any(node.is_alive and node.name == name for node in self.nodes)
         incarnation = str(sum(node.name == name for node in self.nodes))
         store = "" if self.rules.arbiter else name
         me = Member(name, incarnation, name, store)
         rate = self.random.uniform(0.991, 1.009)
         offset = self.random.uniform(-1e6, 1e6)
-        places = (self.first_place, *(n.name for n in self.nodes if not self.rules.arbiter))
+        others = () if self.rules.arbiter or alone else (n.name for n in self.nodes)
+        places = (self.first_place, *others)
         machine = Machine(me, SEAL, self.rules, places, offset + self.now * rate)
         node = Node(name, machine, offset, rate)
-        if not self.nodes:
+        if not self.nodes or (alone and name == self.first_place):
             self.stores[self.first_place] = MemoryStore()
         self.nodes.append(node)
         self._later(self.random.uniform(0, self.rules.beat_s), lambda: self._begin(node))

@@ -284,6 +284,17 @@ def test_the_next_host_dies_while_the_store_is_moved() -> None:
     assert set(_names(world)) == set("cdefg")
 
 
+@pytest.mark.parametrize("gap_s", [1, 15])
+def test_who_comes_to_where_the_run_began_is_told_where_it_waits(gap_s: float) -> None:
+    """Though nobody runs meanwhile, and though it has moved again since somebody was told."""
+    world = _world("abc", nodes=3)
+    for name in "abc":
+        world.kill(_node(world, name))
+        world.run(gap_s)
+        world.start(name, alone=True)
+        assert world.run(30, until=world.is_running), name
+
+
 def test_a_node_that_comes_back_at_once_is_another_agent() -> None:
     world = _world("abcd")
     world.kill(_node(world, "b"))

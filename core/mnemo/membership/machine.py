@@ -145,7 +145,8 @@ class Machine:
         if self.running is not None:
             return ""
         if seat is None:
-            return f"no Store answers at {', '.join(self._places)}"
+            more = ", …" * (len(self._places) > _LOOKED_AT)
+            return f"no Store answers at {', '.join([*self._places][:_LOOKED_AT])}{more}"
         if now - seat.head_since > self._rules.node_loss_s:
             return f"no Store answers at {seat.place}"
         if self._is_slow(seat):
@@ -350,14 +351,17 @@ class Machine:
         answer = yield Get(place, (HEAD, MOVED))
         assert isinstance(answer, tuple)
         raw, moved = answer
+        seat = self._seat
         if moved is not None:
-            self._places.setdefault(self._seal.unwrap(MOVED, moved, Ballot).place)
+            there = self._seal.unwrap(MOVED, moved, Ballot)
+            self._places.setdefault(there.place)
+            if seat and seat.state and there < seat.ballot:
+                yield Set(place, MOVED, self._seal.wrap(MOVED, seat.ballot))
             return None
         if raw is None and self._seat is None and place == self._first:
             ballot = self._new_ballot(0, "" if self._rules.arbiter else place)
             return (yield from self._open(place, ballot))
         head = self._seal.unwrap(HEAD, raw, Head) if raw else None
-        seat = self._seat
         if head and seat and seat.state and head.ballot < seat.ballot:
             yield Set(place, MOVED, self._seal.wrap(MOVED, seat.ballot))
         return head
