@@ -16,6 +16,7 @@ import json
 import os
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -35,6 +36,8 @@ T = TypeVar("T")
 
 _GLANCE_S = 0.002
 _CLOSED_WITHIN_S = 5.0
+_TAG = 1 << 28
+"""Of greetings; users' are small."""
 _kept: list[Gloo | None] = []
 """Those that have not closed their sockets: they cannot be destroyed safely."""
 _making = threading.Lock()
@@ -81,6 +84,7 @@ class GlooLinks:
         self._cut: str | None = None
         self._opened: frozenset[int] = frozenset()
         self._burial: threading.Thread | None = None
+        self._connecting: threading.Thread | None = None
 
     def use(self, job: Callable[[Gloo], T]) -> T:
         """Do a collective: connect all members, if they are not yet. One at a time.
@@ -100,7 +104,9 @@ class GlooLinks:
             LinkError: It was cut, or one of them does not answer.
         """
         with self._in_use:
-            return job(self.peer(ranks))
+            gloo = self.peer(ranks)
+            self._await(partial(_greet, gloo, ranks))
+            return job(gloo)
 
     def peer(self, ranks: Sequence[int]) -> Gloo:
         """The communicator, for messages with ``ranks``, which have all come.
@@ -157,6 +163,8 @@ class GlooLinks:
         """Let go of gloo, which ends the process if it is destroyed while it sees sockets end."""
         while not self.quiet(_GLANCE_S):  # what was just connecting has sockets only now
             self._sever()
+        if self._connecting is not None:
+            self._connecting.join()
         deadline = time.monotonic() + _CLOSED_WITHIN_S
         # By their numbers: one that was reset by the other end has no address any more.
         while sockets.still_open(self._opened):
@@ -172,10 +180,28 @@ class GlooLinks:
 
     def _connect(self) -> None:
         self._meet(range(self._size))
-        gloo = self._whole()
-        nothing = torch.zeros(self._size)
-        ended(gloo.alltoall_base(nothing.clone(), nothing, [], [], AllToAllOptions()))
+        self._await(partial(_greet_all, self._whole(), self._size))
         self._opened = self.sockets()
+
+    def _await(self, connect: Callable[[], None]) -> None:
+        """Do what has others connect. Where they do not, there is no socket to shut down yet."""
+        done = threading.Event()
+        failed: list[Exception] = []
+
+        def run() -> None:
+            try:
+                connect()
+            except Exception as error:  # noqa: BLE001 - raised below
+                failed.append(error)
+            done.set()
+
+        self._connecting = threading.Thread(target=run, name="mnemo-comm-connect", daemon=True)
+        self._connecting.start()
+        while not done.wait(_GLANCE_S):
+            if self._cut is not None:
+                raise LinkError(self._cut)
+        if failed:
+            raise failed[0]
 
     def _meet(self, ranks: Sequence[int]) -> None:
         """Wait until these have made their communicators, and learn where they listen."""
@@ -193,6 +219,20 @@ class GlooLinks:
         places = [sockets.Address(*json.loads(said)) for said in self._store.multi_get(keys)]
         # In one assignment: other threads look.
         self._theirs = {**self._theirs, **dict(zip(missing, places, strict=True))}
+
+
+def _greet(gloo: Gloo, ranks: Sequence[int]) -> None:
+    """Exchange a byte with each of these."""
+    byte = torch.zeros(1, dtype=torch.uint8)
+    works = [gloo.recv([byte.clone()], each, _TAG) for each in ranks]
+    works += [gloo.send([byte], each, _TAG) for each in ranks]
+    for each in works:
+        ended(each)
+
+
+def _greet_all(gloo: Gloo, size: int) -> None:
+    nothing = torch.zeros(size)
+    ended(gloo.alltoall_base(nothing.clone(), nothing, [], [], AllToAllOptions()))
 
 
 def _device() -> tuple[Any, sockets.Address]:

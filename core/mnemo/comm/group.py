@@ -56,7 +56,7 @@ class Group(Collectives, Messages, ProcessGroup):
     def __init__(
         self, name: str, ranks: Sequence[int], rank: int, store: Store, timeout: timedelta
     ) -> None:
-        ProcessGroup.__init__(self, rank, len(ranks))
+        super().__init__(rank, len(ranks))
         self.label = f"{name!r} (ranks {', '.join(map(str, ranks))})"
         self.ranks = tuple(ranks)
         self.member = rank
@@ -277,6 +277,8 @@ class Group(Collectives, Messages, ProcessGroup):
             with torch.inference_mode():
                 while not self._answered(operation):
                     links = self.live()
+                    if self._answered(operation):
+                        break  # results came with these links
                     try:
                         work.whole(links.use(lambda gloo: self._do(operation, gloo)))
                         break

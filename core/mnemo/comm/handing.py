@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import TYPE_CHECKING
 
@@ -11,43 +10,32 @@ import torch.distributed as dist
 
 from mnemo.comm.c10d import PrefixStore
 from mnemo.comm.gloo import GlooLinks, LinkError
+from mnemo.comm.losses import losses
 from mnemo.comm.ordered import flattened
 from mnemo.comm.stream import receive, send
 from mnemo.comm.waiting import PATIENCE, wait_for
-from mnemo.errors import CommError, GroupBrokenError
+from mnemo.errors import CommError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from mnemo.comm.c10d import Store
 
-under_way: set[GlooLinks] = set()
-"""Links that a loss of any rank cuts."""
 
-
-@contextlib.contextmanager
-def cuttable(links: GlooLinks) -> Iterator[None]:
-    """A loss cuts them while this is entered.
-
-    Raises:
-        GroupBrokenError: They broke.
-    """
-    under_way.add(links)
-    try:
-        yield
-    except LinkError as error:
-        raise GroupBrokenError("of those that hand state over", str(error)) from None
-    finally:
-        under_way.discard(links)
-
-
-def handover(store: Store, tensors: Sequence[torch.Tensor], source: int, to: Sequence[int]) -> None:
+def handover(
+    membership_epoch: int,
+    store: Store,
+    tensors: Sequence[torch.Tensor],
+    source: int,
+    to: Sequence[int],
+) -> None:
     """Give the values of ``tensors`` to ranks that join. Called by ``source`` and by each of these.
 
     From any thread, also while a group is held. Whatever is in the tensors while it lasts is sent.
 
     Args:
-        store: What all reach; of this handing over alone, as keys are used once.
+        membership_epoch: In which they join. It is done once in each.
+        store: What all reach. Keys are put below ``mnemo/<membership epoch>``.
         tensors: The same number, kinds and shapes on all of them.
         source: Global rank of the one that has the values.
         to: Global ranks of the others.
@@ -57,11 +45,11 @@ def handover(store: Store, tensors: Sequence[torch.Tensor], source: int, to: Seq
         CommError: The tensors do not match.
         IntegrityError: Other bytes came than were sent.
     """
-    here = PrefixStore("handover", store)
+    here = PrefixStore(f"mnemo/{membership_epoch}/handover", store)
     me, said = dist.get_rank(), json.dumps([f"{each.dtype} {list(each.shape)}" for each in tensors])
     links = GlooLinks(here, me, dist.get_world_size(), PATIENCE)
     try:
-        with torch.inference_mode(), cuttable(links):
+        with torch.inference_mode(), losses.cutting(links, membership_epoch):
             if me == source:
                 here.set("tensors", said)
                 pieces = [_bytes(each) for each in tensors]

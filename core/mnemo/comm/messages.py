@@ -71,9 +71,10 @@ class Messages:
         while True:
             try:
                 links = self.live()
-                inner = issue(links.peer(peers))
             except GroupBrokenError:
                 return self.given(tensors, written)
+            try:
+                inner = issue(links.peer(peers))
             except LinkError as error:
                 self.on_break(str(error), links)
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -13,8 +12,8 @@ import torch.distributed as dist
 
 from mnemo.comm.c10d import PrefixStore
 from mnemo.comm.group import groups
-from mnemo.comm.handing import cuttable, under_way
 from mnemo.comm.kept import Entry, boundary
+from mnemo.comm.losses import losses
 from mnemo.comm.modes import mode
 from mnemo.comm.standing import (
     Belonging,
@@ -26,7 +25,7 @@ from mnemo.comm.standing import (
 )
 from mnemo.comm.stream import receive, send
 from mnemo.comm.waiting import PATIENCE, wait_for
-from mnemo.errors import CommError, GroupBrokenError
+from mnemo.errors import CommError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -39,30 +38,24 @@ if TYPE_CHECKING:
     Said = TypeVar("Said", bound=msgspec.Struct)
 
 _GLANCE_S = 0.002
-changing = threading.RLock()
-"""Held while groups get new links, and while a loss is told to them."""
-losses = 0
-"""How many were told."""
 
 
-def hold(ranks: Collection[int], why: str) -> None:
+def hold(membership_epoch: int, ranks: Collection[int], why: str) -> None:
     """Have all groups with one of these members wait, at once; ends nothing.
 
-    From any thread, once for each loss. A `reconfigure` or `handover` that is under way is given
-    up, with `GroupBrokenError` for who called it.
+    From any thread. A `reconfigure` or `handover` for an older membership epoch is given up, be it
+    under way or called later, with `GroupBrokenError` for who called it.
 
     Args:
+        membership_epoch: Which the loss begins.
         ranks: Global ranks.
         why: What happened to them, for messages.
     """
-    global losses  # noqa: PLW0603 - what is under way compares it
-    with changing:
-        losses += 1
+    with losses.changing:
+        losses.hear(membership_epoch)
         for group in list(groups.values()):
             if not set(ranks).isdisjoint(group.ranks):
                 group.hold(why)
-    for links in list(under_way):
-        links.cut(why)
 
 
 class Replacement:
@@ -80,7 +73,6 @@ class Replacement:
     ) -> None:
         self._epoch, self._members, self._store, self._joining = epoch, members, store, joining
         self._me = dist.get_rank()
-        self._losses = losses
         self._own = joining[self._me] if mode.alone else None
 
     def run(self) -> set[str]:
@@ -102,8 +94,8 @@ class Replacement:
             for name, group in sorted(ours.items()):
                 links[name] = group.make_links(PrefixStore(name, self._store))
                 given[name] = self._give(group, plans[name], links[name])
-            with changing:
-                self._see_that_nobody_is_lost()
+            with losses.changing:
+                losses.see_that_it_lasts(self._epoch)
                 for name, group in ours.items():
                     self._go_on(group, plans[name], links.pop(name), given[name])
                 mode.epoch = self._epoch
@@ -121,7 +113,7 @@ class Replacement:
         tick = max(self._joining.values(), default=-1)
         deadline = time.monotonic() + PATIENCE.total_seconds()
         while boundary.latest < tick and time.monotonic() < deadline and not _waits():
-            self._see_that_nobody_is_lost()
+            losses.see_that_it_lasts(self._epoch)
             time.sleep(_GLANCE_S)
 
     def _touched(self) -> dict[str, list[int]]:
@@ -149,8 +141,8 @@ class Replacement:
         self._store.set(f"{what}/{self._me}", msgspec.json.encode(mine))
         everybody = range(len(self._members))
         keys = [f"{what}/{rank}" for rank in everybody]
-        late = wait_for(self._store, keys, PATIENCE, lambda: self._losses != losses)
-        self._see_that_nobody_is_lost()
+        late = wait_for(self._store, keys, PATIENCE, lambda: losses.over(self._epoch))
+        losses.see_that_it_lasts(self._epoch)
         if late:
             absent = [rank for rank, key in zip(everybody, keys, strict=True) if key in late]
             msg = f"ranks {absent} did not take part in the reconfiguration within {PATIENCE}"
@@ -161,18 +153,13 @@ class Replacement:
             rank: decoder.decode(answer) for rank, answer in zip(everybody, answers, strict=True)
         }
 
-    def _see_that_nobody_is_lost(self) -> None:
-        if self._losses != losses:
-            name = f"of membership epoch {self._epoch}"
-            raise GroupBrokenError(name, "another rank was lost meanwhile")
-
     # --- what is done -----------------------------------------------------------------------------
 
     def _give(self, group: Group, how: Plan, links: GlooLinks) -> list[Entry]:
         """Results to or from others, as planned."""
         if how.source is None or (self._me != how.source and self._me not in how.needs):
             return []
-        with torch.inference_mode(), cuttable(links):
+        with torch.inference_mode(), losses.cutting(links, self._epoch):
             if self._me != how.source:
                 source = group.ranks.index(how.source)
                 return links.use_with([source], lambda gloo: _take(gloo, source))
