@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -156,6 +158,7 @@ def _host(line: Connection, other_end: Connection) -> None:
 def _live(program: Program, rank: int, port: int, line: Connection, given: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    _tell_where_it_is()
     try:
         value = program(rank, port, Talk(line), *given)
     except BaseException:  # noqa: BLE001 - told to the test
@@ -164,6 +167,14 @@ def _live(program: Program, rank: int, port: int, line: Connection, given: tuple
     line.send(("said", value))
     line.close()
     os._exit(0)  # as a fork of the tests' process it has their threads' locks
+
+
+def _tell_where_it_is() -> None:
+    """Say what all threads do shortly before the test gives up."""
+    # Not faulthandler's own: it waits for a thread that a fork of the tests' process has not.
+    timer = threading.Timer(PATIENCE_S - 5, faulthandler.dump_traceback)
+    timer.daemon = True
+    timer.start()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import hashlib
 import os
 import signal
 import threading
+import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comm_lab
@@ -249,6 +250,8 @@ class _Member:
             self._talk.say("aborted")
         except CommError as error:
             self._talk.say(str(error))
+        except Exception:  # noqa: BLE001 - told to the test
+            self._talk.say(traceback.format_exc())
         else:
             self._talk.say("back")
             self.live.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from replay_lab import STEPS, Agent, Death
 if TYPE_CHECKING:
     from pathlib import Path
 
+INNER = 60
+"""Inner operations of a step or two."""
 PLACES = ("loading", "forward", "backward", "before the update", "boundary", "validation")
 
 
@@ -96,3 +99,21 @@ def test_a_new_process_is_lost_in_its_first_step(place: str, tmp_path: Path) -> 
         assert agent.answers() == ["back"] * size
         assert agent.replace([1]) == ["back"] * size
         replay_lab.same(agent.results(), expected)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_killed_within_any_operation(size: int, tmp_path: Path, seed: int) -> None:
+    """Also in the middle of one that others have completed."""
+    draw = random.Random(seed)
+    lost = draw.randrange(size)
+    expected = replay_lab.undisturbed(size, tmp_path, "buffers broadcast")
+    for after in sorted(draw.sample(range(INNER), 4)):
+        death = Death(2, "inner", after)
+        with comm_lab.world() as world:
+            agent = Agent(world, size, tmp_path, "buffers broadcast", {lost: death})
+            said = agent.replace([lost])
+            if said == ["back"] * size:
+                replay_lab.same(agent.results(), expected)
+            else:
+                assert len(set(said)) == 1
+                assert "has begun the update" in said[0]

@@ -59,6 +59,20 @@ def ended(work: Work) -> None:
         raise LinkError(str(error).partition("\n")[0]) from None
 
 
+def begun(begin: Callable[..., Work], *given: Any) -> Work:
+    """Begin a message; gloo says at once if it knows that the link is broken.
+
+    Raises:
+        LinkError: It does.
+    """
+    try:
+        return begin(*given)
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        raise LinkError(str(error).partition("\n")[0]) from None
+
+
 class GlooLinks:
     """A communicator.
 
@@ -224,8 +238,8 @@ class GlooLinks:
 def _greet(gloo: Gloo, ranks: Sequence[int]) -> None:
     """Exchange a byte with each of these."""
     byte = torch.zeros(1, dtype=torch.uint8)
-    works = [gloo.recv([byte.clone()], each, _TAG) for each in ranks]
-    works += [gloo.send([byte], each, _TAG) for each in ranks]
+    works = [begun(gloo.recv, [byte.clone()], each, _TAG) for each in ranks]
+    works += [begun(gloo.send, [byte], each, _TAG) for each in ranks]
     for each in works:
         ended(each)
 

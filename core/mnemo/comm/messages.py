@@ -6,7 +6,7 @@ from abc import abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mnemo.comm.gloo import LinkError
+from mnemo.comm.gloo import LinkError, begun
 from mnemo.comm.work import Delegated, Given
 from mnemo.errors import GroupBrokenError
 
@@ -42,13 +42,13 @@ class Messages:
     def send(self, tensors: Tensors, to: int, tag: int) -> Work:
         """To one rank."""
         self.sent[to] += 1
-        return self._message([to], lambda gloo: gloo.send(tensors, to, tag), tensors, [])
+        return self._message([to], lambda gloo: begun(gloo.send, tensors, to, tag), tensors, [])
 
     def recv(self, tensors: Tensors, source: int, tag: int) -> Work:
         """From one rank."""
         self.received[source] += 1
         return self._message(
-            [source], lambda gloo: gloo.recv(tensors, source, tag), tensors, tensors
+            [source], lambda gloo: begun(gloo.recv, tensors, source, tag), tensors, tensors
         )
 
     def recv_anysource(self, tensors: Tensors, tag: int) -> Work:
@@ -56,7 +56,7 @@ class Messages:
         everybody = range(len(self.ranks))
         self.received[-1] += 1
         return self._message(
-            everybody, lambda gloo: gloo.recv_anysource(tensors, tag), tensors, tensors
+            everybody, lambda gloo: begun(gloo.recv_anysource, tensors, tag), tensors, tensors
         )
 
     def _message(

@@ -20,7 +20,7 @@ from mnemo.comm.c10d import (
     GatherOptions,
     ReduceOp,
 )
-from mnemo.comm.gloo import ended
+from mnemo.comm.gloo import begun, ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,7 +98,7 @@ def _allreduce_of_two(
     """Each gives the other all: the bytes of a ring of two, in one round."""
     received = scratch.like(flat, flat.numel()) if target is flat else target
     other = 1 - gloo.rank()
-    works = [gloo.recv([received], other, _TAG), gloo.send([flat], other, _TAG)]
+    works = [begun(gloo.recv, [received], other, _TAG), begun(gloo.send, [flat], other, _TAG)]
     for each in works:
         ended(each)
     first, second = (received, flat) if other == 0 else (flat, received)
@@ -121,8 +121,8 @@ def _allreduce_in_parts(
     me, segments = gloo.rank(), torch.split(target, parts)
     segments[me].copy_(reduced)
     others = [(me + each) % size for each in range(1, size)]
-    works = [gloo.recv([segments[each]], each, _TAG) for each in others]
-    works += [gloo.send([reduced], each, _TAG) for each in others]
+    works = [begun(gloo.recv, [segments[each]], each, _TAG) for each in others]
+    works += [begun(gloo.send, [reduced], each, _TAG) for each in others]
     for each in works:
         ended(each)
 

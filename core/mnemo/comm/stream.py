@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from mnemo.comm.gloo import ended
+from mnemo.comm.gloo import begun, ended
 from mnemo.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -32,16 +32,16 @@ def send(gloo: Gloo, to: Sequence[int], pieces: Tensors) -> None:
     under_way: list[Work] = []
     for chunk in _chunks(pieces):
         whole = chunk[0] if len(chunk) == 1 else torch.cat(chunk)
-        works = [gloo.send([whole], each, _TAG) for each in to]
+        works = [begun(gloo.send, [whole], each, _TAG) for each in to]
         _hash(digest, whole)
         _await(under_way)
         under_way = works
     _await(under_way)
     sum_of = torch.tensor(list(digest.digest()), dtype=torch.uint8)
     for each in to:
-        ended(gloo.send([sum_of], each, _TAG))
+        ended(begun(gloo.send, [sum_of], each, _TAG))
     for each in to:
-        ended(gloo.recv([torch.empty(1, dtype=torch.uint8)], each, _TAG))
+        ended(begun(gloo.recv, [torch.empty(1, dtype=torch.uint8)], each, _TAG))
 
 
 def receive(gloo: Gloo, source: int, pieces: Tensors) -> None:
@@ -56,18 +56,18 @@ def receive(gloo: Gloo, source: int, pieces: Tensors) -> None:
     for chunk in _chunks(pieces):
         size = sum(each.numel() for each in chunk)
         whole = chunk[0] if len(chunk) == 1 else torch.empty(size, dtype=torch.uint8)
-        work = gloo.recv([whole], source, _TAG)
+        work = begun(gloo.recv, [whole], source, _TAG)
         if before is not None:
             _arrived(digest, *before)
         before = (work, whole, chunk)
     if before is not None:
         _arrived(digest, *before)
     said = torch.empty(8, dtype=torch.uint8)
-    ended(gloo.recv([said], source, _TAG))
+    ended(begun(gloo.recv, [said], source, _TAG))
     if bytes(said.tolist()) != digest.digest():
         msg = f"what rank {source} of the group handed over did not arrive as it was"
         raise IntegrityError(msg)
-    ended(gloo.send([torch.zeros(1, dtype=torch.uint8)], source, _TAG))
+    ended(begun(gloo.send, [torch.zeros(1, dtype=torch.uint8)], source, _TAG))
 
 
 def _arrived(
