@@ -56,7 +56,7 @@ class Group(Collectives, Messages, ProcessGroup):
     def __init__(
         self, name: str, ranks: Sequence[int], rank: int, store: Store, timeout: timedelta
     ) -> None:
-        super().__init__(rank, len(ranks))
+        super().__init__(rank, len(ranks))  # pyright: ignore[reportCallIssue] - torch's
         self.label = f"{name!r} (ranks {', '.join(map(str, ranks))})"
         self.ranks = tuple(ranks)
         self.member = rank

@@ -265,7 +265,7 @@ class Replacing:
         self._bid(lost, wants=True)
         bids = self._bids(lost)
         source = self._source(lost)
-        comm.handover(self._given(lost), tensors, source, self._wanting(bids))
+        comm.handover(lost.epoch, self._given(lost), tensors, source, self._wanting(bids))
         return source
 
     @contextlib.contextmanager
@@ -294,7 +294,7 @@ class Replacing:
                 return
             if isinstance(message, control.Lost):
                 others = set(message.ranks) - {self._place.rank}
-                comm.hold(others, message.why)
+                comm.hold(message.epoch, others, message.why)
                 self._news.put(message)
 
     def _start_work(self) -> None:
@@ -380,7 +380,9 @@ class Replacing:
         offers = [self._ready.offer(bids[rank].tick, _PATIENCE_S) for rank in wanting]
         if any(o.digest != bids[r].digest for o, r in zip(offers, wanting, strict=True)):
             raise ReplayError("the lost rank held other tensors than the others do")
-        comm.handover(self._given(lost), list(offers[0].tensors), self._place.rank, wanting)
+        comm.handover(
+            lost.epoch, self._given(lost), list(offers[0].tensors), self._place.rank, wanting
+        )
         for rank, offer in zip(wanting, offers, strict=True):
             self._ready.offer(bids[rank].tick, 0.0)
             if not offer.is_untouched:
