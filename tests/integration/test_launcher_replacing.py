@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 from launching import TIMEOUT_S, logs
-from replacing_lab import job, records, write
+from replacing_lab import Job, job, records, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -274,4 +277,80 @@ def test_what_a_lost_rank_left_behind_ends(tmp_path: Path) -> None:
         run.until(REPLACED)
         orphans[1].wait(TIMEOUT_S)
         assert orphans[0].is_running()
+        assert run.stop() == 75
+
+
+AGENT = """
+import sys
+from pathlib import Path
+from mnemo.launcher import Agent, LaunchOptions
+from mnemo.launcher.output import Terminal
+from mnemo.recovery.journal import Journal
+
+options = LaunchOptions(
+    command=(sys.executable, "-u", "train.py"), run_id="lab", ranks=2, log_dir=Path("logs"),
+    in_process=True, join_limit_s=0.5,
+)
+sys.exit(Agent(options, journal=Journal("journal.jsonl"), terminal=Terminal()).run())
+"""
+
+
+def test_one_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    write(tmp_path, then="if lost.epoch == 1 and joins: continue")
+    with subprocess.Popen(
+        [sys.executable, "-c", AGENT],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        run = Job(process)
+        try:
+            run.ready(0, 1)
+            run.kill(1)
+            run.until("lost 1 1 [1] [0, 1]")
+            hung = run.pids[1]
+            said = run.until("all 2 ranks restart")[0]
+            assert said.endswith(", since not all ranks were back within 0.5 s")
+            assert not psutil.pid_exists(hung)
+            run.ready(0, 1)
+            assert run.stop() == 75
+        finally:
+            process.kill()
+            run.wait()
+
+
+def test_a_store_that_cannot_be_hosted_ends_the_job(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with job("--master-port", port, write(tmp_path), cwd=tmp_path, ranks=2) as run:
+            assert run.wait() == 1
+    assert run.said()[-1].endswith(
+        "no Store can be hosted at port "
+        f"{port}: its process has ended; choose another --master-port, or set "
+        "recover.in_process=off"
+    )
+
+
+def test_without_the_store_all_restart(tmp_path: Path) -> None:
+    name = write(tmp_path, before="connected = connect()", top="""
+import os, socket, time
+
+def connect():
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+        except ConnectionRefusedError:
+            time.sleep(0.01)  # as torch does
+""")  # fmt: skip
+    with job("recover.standbys=0", name, cwd=tmp_path, ranks=2) as run:
+        run.ready(0, 1)
+        children = psutil.Process(run.pid).children()
+        (store,) = (p for p in children if p.environ().get("MNEMO_ROLE") == "store")
+        store.kill()
+        run.until("the process with the ranks' Store has ended")
+        run.kill(1)
+        run.until("rank 1 killed by SIGKILL → all 2 ranks restart (1 of 3 restarts)")
+        run.ready(0, 1)
+        run.kill(1)
+        run.until(REPLACED)
         assert run.stop() == 75

@@ -11,7 +11,7 @@ import pytest
 from mnemo.config.uncaught import AGENT_VARIABLE
 from mnemo.errors import ProtocolError
 from mnemo.recovery import control
-from mnemo.recovery.control import Back, Cannot, Channel, Lost, Message, Replaceable
+from mnemo.recovery.control import Alive, Back, Cannot, Channel, Lost, Message, Replaceable
 
 MESSAGES: list[Message] = [
     Replaceable(True),
@@ -86,6 +86,7 @@ def test_only_the_agents_own_rank_is_connected() -> None:
         fd, me = theirs.fileno(), f"{os.getpid()}-1"
         own = {AGENT_VARIABLE: me, control.CONTROL_VARIABLE: str(fd), control.JOIN_VARIABLE: "3"}
         assert connects(own, fd) == "True 3"
+        assert isinstance(ours.receive(), Alive)
         assert ours.receive() == Replaceable(True)
         # what a rank starts inherits the variables alone, or is not the agent's child
         assert connects(own) == "False 3"

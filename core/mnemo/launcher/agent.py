@@ -308,8 +308,7 @@ class Agent:
         self._changed.set()
 
     def _reap_orphans(self) -> None:
-        workers = self._life.workers.values() if self._life else ()
-        own = {worker.pid for worker in workers}
+        own = self._life.pids if self._life else set()
         reap_orphans(own | (self._replacing.pids if self._replacing else set()))
 
     async def _after_failure(self, life: Life, failed: Failed) -> int | None:

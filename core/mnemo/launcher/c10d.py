@@ -178,6 +178,11 @@ class StoreHost:
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
 
+    @property
+    def pids(self) -> set[int]:
+        """The process, where there is one."""
+        return {self._process.pid} if self._process else set()
+
     async def warm_up(self) -> None:
         """Have the process, which takes seconds to start and 250 MB, ready to serve."""
         if self._process is None:

@@ -49,6 +49,13 @@ class Life:
         self.noticed: dict[int, float] = {}
         """Seconds since the Unix epoch at which each exit was noticed."""
 
+        self._gone: list[Worker] = []
+
+    @property
+    def pids(self) -> set[int]:
+        """Processes of its ranks, also such as are just ending."""
+        return {worker.pid for worker in (*self.workers.values(), *self._gone)}
+
     @property
     def port(self) -> int:
         """Where rank 0 can listen; nobody else can until `close`."""
@@ -101,16 +108,17 @@ class Life:
             rank, local_rank=local_rank, environ=self._environ(local_rank), start=start
         )
         if rank in self.workers:
+            self._gone.append(self.workers[rank])
             self.replaced.setdefault(rank, self.workers[rank])
         self.workers[rank] = worker
 
     def kill(self) -> None:
         """Kill the ranks that still run."""
-        for worker in self.workers.values():
+        for worker in (*self.workers.values(), *self._gone):
             worker.kill()
 
     def close(self) -> None:
         """Take the last of the output; nobody writes any more."""
-        for worker in self.workers.values():
+        for worker in (*self.workers.values(), *self._gone):
             worker.close()
         self._port.close()

@@ -23,6 +23,7 @@ from mnemo.launcher.worker import execute, rank_environ
 from mnemo.recovery.control import (
     CONTROL_VARIABLE,
     JOIN_VARIABLE,
+    Alive,
     Back,
     Cannot,
     Channel,
@@ -129,7 +130,7 @@ class Replacing:
     @property
     def pids(self) -> set[int]:
         """Processes that are no ranks yet."""
-        return self._reserve.pids
+        return self._reserve.pids | (self._host.pids if self._host else set())
 
     def start(self, rank: int) -> Start:
         """How a rank's first process comes to be."""
@@ -239,7 +240,7 @@ class Replacing:
             return
         self._channels[rank].tell(lost)
         self._took(f"started_{self._epoch}")
-        end_orphans(rank, {each.pid for each in self._life.workers.values()} | self.pids)
+        end_orphans(rank, self._life.pids | self.pids)
         if self._timer:
             self._timer.cancel()
         limit_s = self._options.join_limit_s
@@ -317,6 +318,8 @@ class Replacing:
         except ProtocolError as error:
             message = Replaceable(False, str(error))
         match message:
+            case Alive(fd=fd):
+                self._life.workers[rank].watch(fd)
             case Replaceable(yes=True):
                 self._can(rank)
             case Replaceable(why=why):

@@ -18,6 +18,7 @@ import psutil
 from mnemo.config.uncaught import AGENT_VARIABLE, REFUSAL_VARIABLE
 from mnemo.errors import LaunchError
 from mnemo.launcher.output import RankLog, RankStream
+from mnemo.recovery.dying import await_death, dying_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -186,6 +187,7 @@ class Worker:
         self.rank = rank
         self.local_rank = local_rank
         self._on_exit = on_exit
+        self._told = False
         pipes = {"stdout": os.pipe(), "stderr": os.pipe()}
         self._refusal = log_dir / f"rank-{rank}.refusal"
         files = {
@@ -215,11 +217,12 @@ class Worker:
             )
             for stream, (read_end, _) in pipes.items()
         ]
-        self._closing = ExitStack()
-        self._closing.callback(self.log.close)
+        self._output = ExitStack()
+        self._output.callback(self.log.close)
         for stream in streams:
-            self._closing.callback(stream.close)
-        self._closing.callback(watch_exit(self.pid, self._ended))
+            self._output.callback(stream.close)
+        self._watch = ExitStack()
+        self._watch.callback(watch_exit(self.pid, self._ended))
 
     @property
     def pid(self) -> int:
@@ -246,13 +249,38 @@ class Worker:
         if status and (status.si_code, status.si_status) != (os.CLD_EXITED, 0):
             # It failed: what it started goes with it. Not reaped yet, its number is still its own.
             self._kill_group()
-        self._on_exit(self, self._process.wait())
+        code = self._process.wait()
+        self._watch.close()
+        self._tell(code)
+
+    def watch(self, fd: int) -> None:
+        """Notice at once if it is killed; ``fd`` is what `mnemo.recovery.dying.hold` gave it."""
+        loop = asyncio.get_running_loop()
+
+        def soon() -> None:
+            with suppress(RuntimeError):  # the agent is ending
+                loop.call_soon_threadsafe(self._dies)
+
+        with suppress(OSError):
+            await_death(self.pid, fd, soon)
+
+    def _dies(self) -> None:
+        if self._process.returncode is None and (number := dying_of(self.pid)):
+            self._kill_group()
+            self._tell(-number)
+
+    def _tell(self, code: int) -> None:
+        if not self._told:
+            self._told = True
+            self._on_exit(self, code)
 
     def kill(self) -> None:
         """Kill its whole process group, unless it has ended by itself."""
+        self._told = True
         if self._process.returncode is None:
             self._kill_group()
             self._process.wait()
+        self._watch.close()
 
     def _kill_group(self) -> None:
         with suppress(ProcessLookupError):
@@ -260,7 +288,7 @@ class Worker:
 
     def close(self) -> None:
         """Take the last of its output, after it has ended; once is enough."""
-        self._closing.close()
+        self._output.close()
 
 
 def _die_with(parent: int) -> None:

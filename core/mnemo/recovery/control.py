@@ -13,12 +13,14 @@ import contextlib
 import os
 import socket
 import struct
+import threading
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 
 from mnemo.config.uncaught import AGENT_VARIABLE
 from mnemo.errors import ProtocolError
+from mnemo.recovery import dying
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,6 +77,16 @@ class Cannot(msgspec.Struct, frozen=True, tag="cannot"):
     why: str
 
 
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """Rank to agent, by `connect`: by this its death is noticed at once.
+
+    Attributes:
+        fd: What `mnemo.recovery.dying.hold` gave.
+    """
+
+    fd: int
+
+
 class Lost(msgspec.Struct, frozen=True, tag="lost"):
     """Agent to rank: processes are gone, and others come in their places.
 
@@ -94,7 +106,7 @@ class Lost(msgspec.Struct, frozen=True, tag="lost"):
     members: tuple[int, ...]
 
 
-Message: TypeAlias = Replaceable | Back | Cannot | Lost
+Message: TypeAlias = Alive | Replaceable | Back | Cannot | Lost
 
 _decoder = msgspec.json.Decoder[Message](Message)
 
@@ -166,7 +178,8 @@ def connect(environ: Mapping[str, str] | None = None) -> Channel | None:
     """This rank's end, if the agent that started this very process gave it one.
 
     Not in what a rank starts, which inherits the variable but neither the socket nor the parent.
-    One at a time: messages go to whoever receives first.
+    Once in a process, and best in its main thread, since the agent notices the death of a thread
+    sooner than that of a process.
 
     Args:
         environ: The environment; None is that of this process.
@@ -180,7 +193,11 @@ def connect(environ: Mapping[str, str] | None = None) -> Channel | None:
         sock = socket.fromfd(int(fd), socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if _made_by(sock) == os.getppid():
             os.set_inheritable(int(fd), False)
-            return Channel(sock)
+            channel = Channel(sock)
+            if threading.current_thread() is threading.main_thread():
+                with contextlib.suppress(OSError):
+                    channel.tell(Alive(dying.hold()))
+            return channel
         sock.close()
     return None
 
