@@ -98,10 +98,10 @@ class World:
     def start(self, name: str, *, alone: bool = False) -> Node:
         """An agent on the node ``name``, which has none; ``alone`` it knows the first place only.
 
-        At that place it hosts a Store then.
+        At that place it hosts a Store then, of a lower ballot than the one that was there.
         """
         assert not any(node.is_alive and node.name == name for node in self.nodes)
-        incarnation = str(sum(node.name == name for node in self.nodes))
+        incarnation = "-" * alone + str(sum(node.name == name for node in self.nodes))
         store = "" if self.rules.arbiter else name
         me = Member(name, incarnation, name, store)
         rate = self.random.uniform(0.991, 1.009)

@@ -112,6 +112,31 @@ def test_a_second_node_is_lost_while_the_first_comes_back(tmp_path: Path, seed: 
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(600)
+def test_nodes_that_know_the_first_place_alone_come_back(tmp_path: Path) -> None:
+    """It is lost itself, with the Store, and so is where the Store has been moved to."""
+    with netns.network(tmp_path, 3) as net:
+        job = job_of(net, tmp_path / "job", "3", "2+1", 400)
+        job.meet_at = (net.hosts[0],)
+        with job.explained():
+            job.start(*net.hosts)
+            for number, away_s in ((0, 0.0), (1, 0.0), (2, 15.0), (0, 15.0)):
+                reached = job.steps_done()
+                until(
+                    "a protected step",
+                    lambda reached=reached: job.protected_step(*net.hosts) > reached,
+                )
+                host = net.hosts[number]
+                host.lose()
+                time.sleep(away_s)
+                job.start(host)
+                at = job.steps_done()
+                until("the job comes back", lambda at=at: job.steps_done() > at + 1)
+            assert job.codes() == [0, 0, 0]
+        assert job.steps_done() == 400
+
+
+@pytest.mark.campaign
 def test_a_job_that_was_killed_goes_on_with_its_nodes_in_their_places(tmp_path: Path) -> None:
     """A spare has taken the place of node 0; the launch that follows cannot tell by addresses."""
     with netns.network(tmp_path, 4) as net:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from membership_lab import SEAL, MemoryStore
 
-from mnemo.errors import LaunchError
+from mnemo.errors import LaunchError, MembershipRecordError
 from mnemo.launcher import cluster
 from mnemo.launcher.c10d import C10dStores
 from mnemo.launcher.cluster import Cluster
@@ -17,7 +17,7 @@ from mnemo.launcher.restarts import Ended
 from mnemo.launcher.salvage import Salvage, Salvaged
 from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Report
-from mnemo.membership import Member, Rules
+from mnemo.membership import Member, Rules, Seal
 from mnemo.membership.store import Add, CompareSet, Get, Set
 from mnemo.smp.paths import RunPaths
 from mnemo.types import EXIT_STATE_SAVED
@@ -87,6 +87,7 @@ def agent(
     nodes: int = 2,
     /,
     ranks: int = 1,
+    seal: Seal = SEAL,
     **rules: float,
 ) -> Cluster:
     paths = RunPaths.of("run", directory / name)
@@ -96,7 +97,7 @@ def agent(
         ("127.0.0.1:1",),
         Nodes(nodes),
         rules=Rules(nodes=nodes, **rules),  # type: ignore[arg-type]
-        seal=SEAL,
+        seal=seal,
         stores=stores,  # type: ignore[arg-type]
         paths=paths,
         saves=True,
@@ -120,6 +121,22 @@ def test_too_few_nodes_are_counted(tmp_path: Path) -> None:
         with pytest.raises(LaunchError, match=": 1 of 2 nodes are here"):
             await team.take_seat(1)
         await team.close()
+
+    asyncio.run(run())
+
+
+def test_the_others_learn_that_somebody_came_with_another_secret(tmp_path: Path) -> None:
+    async def run() -> None:
+        stores = Memory()
+        one = agent(tmp_path, "a", stores, [], give_up_s=4.0, beat_s=0.05)
+        waiting = asyncio.create_task(one.take_seat(1))
+        await asyncio.sleep(0.5)  # it is the first, and so its secret is the run's
+        other = agent(tmp_path, "b", stores, [], seal=Seal(b"t" * 32, "run"), **QUICK)
+        with pytest.raises(MembershipRecordError, match="MNEMO_SECRET_FILE"):
+            await asyncio.wait_for(other.take_seat(1), 20)
+        with pytest.raises(LaunchError, match=r"1 of 2 nodes are here, and .* another secret"):
+            await waiting
+        await asyncio.gather(one.close(), other.close())
 
     asyncio.run(run())
 

@@ -17,6 +17,7 @@ from mnemo.clock import SystemClock
 from mnemo.config import format_duration
 from mnemo.errors import (
     LaunchError,
+    MembershipRecordError,
     MnemoError,
     SalvageError,
     StoreLostError,
@@ -239,6 +240,8 @@ class Cluster:
             )
             changed.cancel()
             if self._driving.done():
+                if isinstance(self._driving.exception(), MembershipRecordError):
+                    await self._said.knock(self._places)
                 self._driving.result()
                 return await self._give_up()
             if (end := await self._end_of_job()) is not None:
@@ -247,11 +250,19 @@ class Cluster:
             if self._machine.is_spare and loop.time() - begun > _SILENCE_S:
                 assert self._machine.committed is not None
                 self._require_fit(self._machine.committed)
-            why = self._machine.waits_for
+            why = await self._waits_for()
             if loop.time() - begun > _SILENCE_S and why and why != said:
                 self._say(f"waiting: {why}{self._operator.advice}")
                 said = why
         return self._granted
+
+    async def _waits_for(self) -> str:
+        why = self._machine.waits_for
+        if why.endswith(("are here", "takes its place")):
+            with contextlib.suppress(StoreLostError):
+                if await self._said.have_strangers_come():
+                    why += ", and somebody came with another secret (MNEMO_SECRET_FILE)"
+        return why
 
     async def _give_up(self) -> Ended:
         """Nobody took a lost node's place in time.
@@ -261,7 +272,7 @@ class Cluster:
         """
         words = (
             f"waited {format_duration(self._rules.give_up_s)} (recover.no_spare): "
-            f"{self._machine.waits_for}"
+            f"{await self._waits_for()}"
         )
         epoch = self._epoch
         if epoch is None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
 from mnemo.errors import MembershipRecordError, StoreLostError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mnemo.membership import Machine, Seal, Store, Stores
 
+_STRANGERS: Final = "strangers"
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 
@@ -62,6 +65,21 @@ class Said:
             with contextlib.suppress(MembershipRecordError):  # a stranger's
                 return self._seal.unwrap(key, raw, kind)
         return None
+
+    async def knock(self, places: Iterable[str]) -> None:
+        """Leave a trace, at whichever of ``places`` answers: somebody came with another secret."""
+        for place in places:
+            with contextlib.suppress(StoreLostError):
+                await (await self._stores.store(place)).add(_STRANGERS)
+
+    async def have_strangers_come(self) -> bool:
+        """Whether somebody did. It is not under a MAC, and says nothing else.
+
+        Raises:
+            StoreLostError: The Store does not answer.
+        """
+        (count,) = await (await self._store()).get((_STRANGERS,))
+        return count is not None
 
     async def _store(self) -> Store:
         if not self._machine.place:
