@@ -10,6 +10,8 @@ Lightning 2.4–2.6. Each patch is undone when the fit ends. What is patched and
 - ``fit_loop.on_advance_end``: after an epoch's last batch and before any hook that ends the epoch.
 - ``fit_loop.setup_data``: where loaders are made, or made anew.
 - ``strategy.process_dataloader``: where loaders pass before they are iterated.
+- ``strategy.configure_ddp``, ``_run_sanity_check``: what a rank that takes a lost one's place does
+  alone, and the others did at their start.
 - ``strategy.setup_optimizers``: where optimizers and schedulers are as the program made them.
 - ``strategy.load_model_state_dict``, ``strategy.load_optimizer_state_dict``: where a snapshot that
   does not fit is refused.

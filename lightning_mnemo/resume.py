@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_mnemo import loops
 from lightning_mnemo.checks import optimizers_differ
@@ -70,6 +71,8 @@ class Resume:
         """Follow Lightning while it makes loaders and restores."""
         trainer = self._trainer
         hooks.around(trainer.strategy, "process_dataloader", self._around_process_dataloader)
+        if isinstance(trainer.strategy, DDPStrategy):
+            hooks.around(trainer.strategy, "configure_ddp", self._around_configure_ddp)
         hooks.around(trainer.strategy, "setup_optimizers", self._around_setup_optimizers)
         hooks.around(trainer.strategy, "load_model_state_dict", self._around_load_model)
         hooks.around(trainer.strategy, "load_optimizer_state_dict", self._around_load_optimizers)
@@ -95,6 +98,11 @@ class Resume:
                 original()
         finally:
             self._making_loaders = False
+
+    def _around_configure_ddp(self, trainer: pl.Trainer, original: Callable[[], None]) -> None:
+        """Ranks begin with the same model; one that takes another's place has its state by now."""
+        with self._keeper.not_repeated():
+            original()
 
     def _around_sanity_check(self, trainer: pl.Trainer, original: Callable[[], None]) -> None:
         """A rank that takes another's place makes no check, but loaders as that one did."""

@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=320)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--strategy", default="ddp")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -92,7 +93,7 @@ def main() -> None:
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=args.ranks,
-        strategy="ddp" if args.ranks > 1 else "auto",
+        strategy=args.strategy if args.ranks > 1 else "auto",
         max_epochs=args.epochs if args.max_steps < 0 else None,
         max_steps=args.max_steps,
         accumulate_grad_batches=args.accumulate,
