@@ -78,8 +78,11 @@ def allreduce(
         if target is not flat:
             target.copy_(flat)
         options = AllreduceOptions()
-        options.reduceOp = op
+        mean = kind_of(op) == ReduceOp.AVG and not target.is_floating_point()
+        options.reduceOp = ReduceOp.SUM if mean else op
         ended(gloo.allreduce([target], options))
+        if mean:  # gloo has none of whole numbers
+            target.copy_(target / gloo.size())
         return
     kind = kind_of(op)
     if gloo.size() == 2:
