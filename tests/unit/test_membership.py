@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from membership_lab import SEAL, MemoryStore, Node, World
+from membership_lab import ETCD, SEAL, MemoryStore, Node, World
 
 from mnemo.errors import ConfigError, MembershipRecordError, StoreLostError
 from mnemo.membership import Epoch, Member, Rules, Seal
@@ -316,6 +316,15 @@ def test_without_a_spare_it_waits_and_then_gives_up() -> None:
     assert not any(node.machine.has_given_up for node in survivors)
     world.run(30)
     assert all(node.machine.has_given_up for node in survivors)
+
+
+def test_where_etcd_has_forgotten_the_run_that_is_said() -> None:
+    world = _world("abc", nodes=3, arbiter=True, give_up_s=30)
+    world.stores[ETCD] = MemoryStore()
+    world.run(10)
+    assert not any(node.workers for node in world.living())
+    said = {node.machine.waits_for for node in world.living()}
+    assert said == {f"no Store of this run is left at {ETCD}"}
 
 
 def test_a_node_whose_workers_fail_gets_a_new_epoch_for_all() -> None:

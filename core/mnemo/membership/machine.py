@@ -148,7 +148,8 @@ class Machine:
             more = ", …" * (len(self._places) > _LOOKED_AT)
             return f"no Store answers at {', '.join([*self._places][:_LOOKED_AT])}{more}"
         if now - seat.head_since > self._rules.node_loss_s:
-            return f"no Store answers at {seat.place}"
+            gone = self._rules.arbiter and seat.is_gone
+            return f"no Store {'of this run is left' if gone else 'answers'} at {seat.place}"
         if self._is_slow(seat):
             return f"the Store takes {seat.answers_in:.1f} s to answer: its link is too slow"
         here, nodes = seat.living(), self._rules.nodes
