@@ -21,11 +21,18 @@ FLAGS = ("--width=4096",)  # large enough that either rank has chunks to copy
 RUN_LIMIT_S = 540
 
 
-def train(out: Path, declared: Declaration | None = None, *, strikes: bool = False) -> None:
-    """One run of two ranks under ``mnemo run``, restarted as often as it is killed."""
+def train(
+    out: Path,
+    declared: Declaration | None = None,
+    *flags: str,
+    ranks: int = 2,
+    strikes: bool = False,
+) -> str:
+    """One run under ``mnemo run``, restarted as often as it is killed; what it said."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", **(declared.environ() if declared else {})}
-    words = ["--nproc-per-node=2", "--max-restarts=1000", str(SCRIPT), "--ranks=2", f"--out={out}"]
-    command = [sys.executable, "-c", "from mnemo.cli import main; main()", "run", *words, *FLAGS]
+    words = [f"--nproc-per-node={ranks}", "--max-restarts=1000", str(SCRIPT), f"--ranks={ranks}"]
+    command = [sys.executable, "-c", "from mnemo.cli import main; main()", "run", *words]
+    command += [f"--out={out}", *FLAGS, *flags]
     log = out.with_suffix(".log")
     with log.open("wb") as sink:
         process = subprocess.Popen(command, env=environ, stdout=sink, stderr=subprocess.STDOUT)
@@ -42,6 +49,7 @@ def train(out: Path, declared: Declaration | None = None, *, strikes: bool = Fal
             if strikes:
                 striker.join()
     assert code == 0, f"exit code {code}:\n{log.read_text()[-4000:]}"
+    return log.read_text()
 
 
 def _strike(process: subprocess.Popen[bytes], declared: Declaration | None) -> None:
@@ -74,17 +82,17 @@ def _rank(agent: int, rank: int) -> int | None:
     return None
 
 
-def assert_same(undisturbed: Path, disturbed: Path) -> None:
+def assert_same(undisturbed: Path, disturbed: Path, ranks: int = 2) -> None:
     """Every loss, every batch's data, every epoch's metrics, the end state: bit-identical.
 
     A step that was computed twice has to come out the same both times.
     """
     for name in ("losses", "epochs"):
-        for rank in (0, 1):
+        for rank in range(ranks):
             expected = _rows(undisturbed / f"{name}-{rank}.jsonl")
             found = _rows(disturbed / f"{name}-{rank}.jsonl")
             assert found == expected, f"{name} of rank {rank} differ"
-    for rank in (0, 1):
+    for rank in range(ranks):
         expected = json.loads((undisturbed / f"final-{rank}.json").read_text())
         assert json.loads((disturbed / f"final-{rank}.json").read_text()) == expected
 

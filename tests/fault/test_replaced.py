@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import campaign
 import pytest
 from launching import Result, launch
 
 from mnemo.faults import Declaration, Fault, Hook
 
 SESSION = Path(__file__).parents[1] / "scripts" / "session_replaced.py"
-FORWARDS, STEPS = 30, 15
+FORWARDS = 30
 """Of one rank of two."""
+_REPLACED = "0 steps lost, exact"
 
 
 def _train(out: Path, ranks: int, *faults: Fault) -> Result:
@@ -80,7 +82,7 @@ def test_a_rank_of_two(tmp_path: Path, rank: int, phase: str) -> None:
     assert _forwards(lost) + _forwards(joined) <= FORWARDS + 2  # its own micro-batches
     assert f"rank {rank} killed by SIGKILL → " in ended.err
     assert f"state from rank {1 - rank}" in ended.err
-    assert "0 steps lost, exact" in ended.err
+    assert _REPLACED in ended.err
     assert "restart" not in ended.err.partition("logs in")[2]
 
 
@@ -95,7 +97,7 @@ def test_a_rank_of_three_twice(tmp_path: Path, rank: int) -> None:
     )
     ended = _train(struck, 3, *faults)
     assert _end(struck) == _end(calm)
-    assert ended.err.count("0 steps lost, exact") == 2
+    assert ended.err.count(_REPLACED) == 2
 
 
 @pytest.mark.campaign
@@ -107,3 +109,51 @@ def test_what_cannot_be_replaced_starts_again_from_memory(tmp_path: Path) -> Non
     assert _end(struck) == _end(calm)
     assert "all 2 ranks restart" in ended.err
     assert "resumed from memory" in ended.err
+
+
+# --- Lightning ------------------------------------------------------------------------------------
+
+_STRATEGY = "--strategy=mnemo_ddp"
+
+
+def _struck(tmp_path: Path, *places: str, ranks: int = 2) -> str:
+    """A fit that is killed at each of ``phase:step:rank``, and ends as one that is not."""
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    campaign.train(calm, None, _STRATEGY, ranks=ranks)
+    faults = []
+    for place in places:
+        phase, step, rank = place.split(":")
+        faults.append(Fault("sigkill", int(rank), Hook(phase, int(step))))
+    declared = Declaration(tuple(faults), record=str(tmp_path / "fired"))
+    said = campaign.train(struck, declared, _STRATEGY, ranks=ranks)
+    declared.assert_fired()
+    campaign.assert_same(calm, struck, ranks)
+    return said
+
+
+def test_a_fit_killed_in_backward_and_in_validation(tmp_path: Path, monkeypatch: Any) -> None:
+    """Rank 0, which writes, and whose validation goes on in another process."""
+    monkeypatch.setenv("MNEMO_RUN_ID", "lab")
+    said = _struck(tmp_path, "backward:6:1", "validation:15:0")
+    assert said.count(_REPLACED) == 2
+    assert "ranks restart" not in said
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_fit_killed_in_each_phase(tmp_path: Path, ranks: int) -> None:
+    """Behind the barrier of the update all start again from memory, exactly as well."""
+    last = ranks - 1
+    said = _struck(
+        tmp_path,
+        "forward:3:0",
+        f"backward:6:{last}",
+        "loading:8:0",
+        f"validation:10:{last}",
+        "between:12:0",
+        f"update:14:{last}",
+        ranks=ranks,
+    )
+    assert said.count(_REPLACED) == 5
+    assert said.count("ranks restart") == 1
