@@ -200,6 +200,8 @@ def run(
             saves=settings.recover.then is Then["save-and-exit"],
             say=terminal.say,
         )
+        if settings.recover.in_process is InProcess.auto:
+            terminal.say("several nodes: a rank that dies is not replaced, all restart")
     agent = Agent(
         options,
         journal=journal,
