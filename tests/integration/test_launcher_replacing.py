@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import psutil
@@ -171,6 +172,25 @@ def test_who_takes_it_back_is_not_replaced(tmp_path: Path) -> None:
         assert said.endswith(": validates")
         run.ready(0, 1)
         assert run.stop() == 75
+
+
+def test_what_a_rank_says_last_counts(tmp_path: Path) -> None:
+    """Also where the agent sees its end at the same time."""
+    last = 'channel.tell(Replaceable(False, "done")); os.kill(os.getpid(), signal.SIGKILL)'
+    say = f"signal.signal(signal.SIGUSR1, lambda *_: {last.replace('; ', ' and ')})"
+    with job(write(tmp_path, before=say), cwd=tmp_path, ranks=2) as run:
+        run.ready(0, 1)
+        # both at once for the agent, which is not looking
+        os.kill(run.pid, signal.SIGSTOP)
+        os.kill(run.pids[1], signal.SIGUSR1)
+        zombie = psutil.Process(run.pids[1])
+        while zombie.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        os.kill(run.pid, signal.SIGCONT)
+        run.until("all 2 ranks restart")
+        run.ready(0, 1)
+        assert run.stop() == 75
+    assert records("replaced") == []
 
 
 def test_too_many_losses_end_the_job(tmp_path: Path) -> None:

@@ -154,7 +154,10 @@ class Replacing:
         Returns:
             Whether that is taken care of; otherwise it ends the life.
         """
-        loss, rank = self._loss, worker.rank
+        rank = worker.rank
+        while not self._over and self._read(rank, self._channels[rank]):
+            pass  # what it said before it died
+        loss = self._loss
         if self._over:
             return False
         if loss and rank in loss.joining:
@@ -310,11 +313,12 @@ class Replacing:
         asyncio.get_running_loop().remove_reader(channel)
         channel.close()
 
-    def _read(self, rank: int, channel: Channel) -> None:
+    def _read(self, rank: int, channel: Channel) -> bool:
+        """Take a message, if there is one; False if there was none."""
         try:
             message = channel.receive()
         except BlockingIOError:
-            return
+            return False
         except ProtocolError as error:
             message = Replaceable(False, str(error))
         match message:
@@ -331,6 +335,7 @@ class Replacing:
                 self._back(rank, message)
             case None:  # as a rank that is dying does; its end counts
                 asyncio.get_running_loop().remove_reader(channel)
+        return message is not None
 
     def _can(self, rank: int) -> None:
         self._ready.add(rank)
