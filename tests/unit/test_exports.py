@@ -30,6 +30,7 @@ PUBLIC: dict[str, set[str]] = {
         "give_up",
         "handover",
         "hold",
+        "keep_nothing",
         "links",
         "mark",
         "mark_broken",

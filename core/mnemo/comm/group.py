@@ -294,15 +294,16 @@ class Group(Collectives, Messages, ProcessGroup):
                 work.gave_up(GroupBrokenError(self.label, str(error)))
         except Exception as error:  # noqa: BLE001 - the caller's mistake, said where it waits
             work.refused(error)
-            if self.kept is not None:
-                self.kept.add(Entry(operation.signature, None))
+            if (kept := self.kept) is not None:
+                kept.add(Entry(operation.signature, None))
 
     def _answered(self, operation: Operation) -> bool:
         """Give it its result, if that is known."""
         if self._startup is not None:
             self._startup.answer(operation)
             return True
-        entry = self.kept.at(operation.index) if self.kept is not None else None
+        kept = self.kept
+        entry = kept.at(operation.index) if kept is not None else None
         if entry is None:
             return False
         if entry.signature != operation.signature:
@@ -317,14 +318,15 @@ class Group(Collectives, Messages, ProcessGroup):
 
     def _do(self, operation: Operation, gloo: Gloo) -> list[Any] | None:
         """Run it. What is kept goes to the caller's tensors at the very end."""
-        if self.kept is None:
+        kept = self.kept
+        if kept is None:
             return operation.job(gloo, operation.outputs)
-        room = self.kept.room(operation.outputs) if operation.kept else None
+        room = kept.room(operation.outputs) if operation.kept else None
         if room is None:
             self.unkept = operation.index  # the caller's tensors change while it runs
         into = operation.outputs if room is None else views(room, operation.outputs)
         results = operation.job(gloo, into)
-        self.kept.add(Entry(operation.signature, room, operation.recorded))
+        kept.add(Entry(operation.signature, room, operation.recorded))
         if room is not None:
             fill(operation.outputs, room)
         if operation.proves and boundary.let_gone < boundary.latest:
@@ -344,15 +346,14 @@ class Group(Collectives, Messages, ProcessGroup):
 
     def _let_go(self, place: int) -> None:
         """All members have asked for what is there: if that is the world, they were at the mark."""
-        assert self.kept is not None
-        tick = boundary.latest
-        mark = self.kept.marks.get(tick)
+        kept, tick = self.kept, boundary.latest
+        mark = None if kept is None else kept.marks.get(tick)
         if mark is None or place < mark.asked or len(self.ranks) < dist.get_world_size():
             return
         boundary.let_gone = tick
         for group in list(groups.values()):
-            if group.kept is not None:
-                group.kept.let_go(tick)
+            if (theirs := group.kept) is not None:
+                theirs.let_go(tick)
 
     # --- groups of its members --------------------------------------------------------------------
 

@@ -78,6 +78,16 @@ def mark(tick: int) -> None:
     boundary.latest = tick
 
 
+def keep_nothing() -> None:
+    """From here on no rank can be replaced: results are let go, and a loss breaks groups.
+
+    Called by the thread that trains, on all ranks between the same operations.
+    """
+    mode.replaceable = False
+    for group in list(groups.values()):
+        group.kept = None
+
+
 def pass_update(tick: int) -> None:
     """Wait until all ranks have come here; right before an optimizer changes what ranks share.
 

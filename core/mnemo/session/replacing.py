@@ -174,6 +174,7 @@ class Replacing:
 
     def close(self) -> None:
         """The training is over."""
+        comm.keep_nothing()
         self.withdraw("its training is over")
         self._channel.close()
         self._listener.join()
@@ -425,6 +426,7 @@ def begin(place: Place, link: Link, fit: int) -> tuple[Replacing | None, str]:
         return Replacing(channel, place, link, fit), ""
     if channel is not None:
         channel.close()
+    comm.keep_nothing()
     return None, why_not or "needs mnemo run, and recover.in_process"
 
 
