@@ -19,6 +19,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, get_args
@@ -34,7 +35,7 @@ ENV: Final = "MNEMO_FAULTS"
 PHASES: Final = ("loading", "forward", "backward", "update", "mid_copy", "validation", "between")
 """The named phases of training that a campaign has to hit."""
 
-Kind = Literal["sigkill", "sigstop", "sigterm", "exception", "exit0", "smp_kill"]
+Kind = Literal["sigkill", "sigstop", "sigterm", "hang", "exception", "exit0", "smp_kill"]
 _SIGNALS: Final[Mapping[str, signal.Signals]] = {
     "sigkill": signal.SIGKILL,
     "sigstop": signal.SIGSTOP,
@@ -67,6 +68,7 @@ class Fault(msgspec.Struct, frozen=True):
 
     Attributes:
         kind: ``smp_kill`` kills the rank's snapshot process; the others hit the rank itself.
+            ``hang`` has the thread that comes to the hook wait for ever.
         rank: Global rank.
         at: A hook, or the seconds after which the parent lets it happen by `Declaration.strike`.
     """
@@ -261,6 +263,8 @@ def _act(fault: Fault, pid: int) -> None:
     if fault.kind == "exception":
         msg = f"injected fault: {fault}"
         raise RuntimeError(msg)
+    if fault.kind == "hang":
+        threading.Event().wait()
     if fault.kind == "exit0":
         _leave_early()
     os.kill(pid, _SIGNALS[fault.kind])

@@ -54,6 +54,7 @@ def test_defaults() -> None:
         "recover.grace": 30.0,
         "recover.in_process": InProcess.auto,
         "recover.standbys": 1,
+        "recover.hang": 0.0,
         "recover.no_spare": 300.0,
         "recover.then": Then["save-and-exit"],
         "network.interface": "",

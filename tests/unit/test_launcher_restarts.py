@@ -5,6 +5,7 @@ import signal
 import pytest
 
 from mnemo.launcher.restarts import Ended, Failed, Position, RestartPolicy, judge
+from mnemo.recovery.classes import Failure, classify
 
 KILL = -signal.SIGKILL
 
@@ -86,6 +87,31 @@ def test_three_failures_in_a_row_at_one_batch_are_a_loop() -> None:
     here, there = Position(0, 4, 4), Position(0, 5, 5)
     seen = [policy.after_failure(p) for p in (here, here, there, here, here, here)]
     assert seen == ["restart"] * 5 + ["crash loop"]
+
+
+def test_the_same_exception_twice_at_one_batch_is_a_loop() -> None:
+    here = Position(0, 4, 4)
+    nan, other = (classify(1, [f"ValueError: {what}"]) for what in ("nan", "other"))
+    killed, lost = classify(-9, []), classify(1, ["ConnectionResetError: by peer"])
+
+    def decisions(*failures: Failure, at: Position | None = here) -> list[str]:
+        policy = RestartPolicy(99, 60.0, HandClock())
+        return [policy.after_failure(at, failure) for failure in failures]
+
+    assert decisions(nan, nan) == ["restart", "crash loop"]
+    assert decisions(nan, other, nan) == ["restart", "restart", "crash loop"]
+    assert decisions(nan, killed) == ["restart", "restart"]
+    assert decisions(lost, lost, lost) == ["restart", "restart", "crash loop"]
+    assert decisions(nan, nan, at=None) == ["restart", "restart"]
+
+
+def test_what_failed_at_this_batch_is_known() -> None:
+    policy = RestartPolicy(99, 60.0, HandClock())
+    first, second, third = (classify(code, []) for code in (1, 3, 4))
+    policy.after_failure(Position(0, 3, 3), first)
+    policy.after_failure(Position(0, 4, 4), second)
+    policy.after_failure(Position(0, 4, 4), third)
+    assert policy.here == [second, third]
 
 
 def test_failures_at_an_unknown_place_are_no_loop() -> None:

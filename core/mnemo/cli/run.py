@@ -184,6 +184,7 @@ def run(
         hidden=hidden_streams(redirects, local_ranks_filter, ranks),
         in_process=settings.recover.in_process is InProcess.auto and nodes == Nodes(1),
         standbys=0 if no_python else settings.recover.standbys,
+        hang_limit_s=settings.recover.hang or None,
     )
     terminal = Terminal(colour="NO_COLOR" not in os.environ)
     team = None

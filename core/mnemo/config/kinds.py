@@ -7,6 +7,7 @@ the environment, on the command line and as an argument.
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ _SWITCH: Final = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
+_LIMITS: Final = {"auto": 0.0, "off": math.inf}
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _INTERFACE: Final = re.compile(r"(?!\.{1,2}$)[^\s/:]{1,15}")
 _MOST_NODES: Final = 256
@@ -193,6 +195,16 @@ def _interface(text: str) -> str:
     return text
 
 
+def _limit(text: str) -> float:
+    named = _LIMITS.get(text.strip().lower())
+    return _above_zero(parse_duration)(text) if named is None else named
+
+
+def _limit_as_text(seconds: float) -> str:
+    named = [name for name, value in _LIMITS.items() if value == seconds]
+    return named[0] if named else format_duration(seconds)
+
+
 DURATION: Final = Kind(
     "a duration above 0, such as 90s, 10min or 1h30min (a bare number is seconds)",
     _above_zero(parse_duration),
@@ -202,6 +214,9 @@ WAIT: Final = Kind(
     "how long to wait, such as wait 5min or 5min",
     _above_zero(lambda text: parse_duration(text.strip().removeprefix("wait "))),
     lambda seconds: f"wait {format_duration(seconds)}",
+)
+LIMIT: Final = Kind(
+    "auto, off, or a duration above 0, such as 90s or 10min", _limit, _limit_as_text
 )
 FRACTION: Final = Kind(
     "a share above 0% and up to 100%, such as 1% or 0.01 (a bare number is below 1)",

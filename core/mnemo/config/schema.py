@@ -133,6 +133,9 @@ class RecoverConfig:
     """Whether a rank that dies is replaced while the others stay, where training can do that."""
     standbys: Annotated[int, kinds.NUMBER] = 1
     """How many processes wait, with everything imported, to take the place of a rank."""
+    hang: Annotated[float, kinds.LIMIT] = 0.0
+    """Seconds without progress after which a rank that the others wait for counts as hanging, and
+    is replaced. 0: follows from what is measured; infinite: off."""
     no_spare: Annotated[float, kinds.WAIT] = 300.0
     """How long the nodes that are left wait for one that takes a lost node's place: `wait 5min`."""
     then: Annotated[Then, kinds.choice(Then)] = Then["save-and-exit"]

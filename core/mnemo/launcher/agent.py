@@ -18,14 +18,15 @@ from mnemo.config import format_duration
 from mnemo.config.uncaught import EXIT_USAGE
 from mnemo.errors import CrashLoopError, LaunchError, RunInUseError
 from mnemo.launcher.c10d import StoreHost
-from mnemo.launcher.cause import OomWatch, cause_of, is_refusal
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
 from mnemo.launcher.hooks import Hooks
 from mnemo.launcher.life import Life
+from mnemo.launcher.oom import OomWatch
 from mnemo.launcher.replacing import Replacing
-from mnemo.launcher.restarts import CRASH_LOOP, Ended, Failed, RestartPolicy, judge
+from mnemo.launcher.restarts import Ended, Failed, RestartPolicy, judge
 from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Alone, Report, Team
+from mnemo.recovery.classes import Rung, classify
 from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mnemo.launcher.options import LaunchOptions
     from mnemo.launcher.output import Terminal
     from mnemo.launcher.worker import Worker
+    from mnemo.recovery.classes import Failure
     from mnemo.recovery.journal import Journal
 
 _T = TypeVar("_T")
@@ -321,14 +323,14 @@ class Agent:
         if await self._team.is_elsewhere(failed.code, worker.log.tail):
             return await self._after_news()
         position = self._hooks.position()
-        decision: str = self._policy.after_failure(position)
         refusal = next((text for each in life.workers.values() if (text := each.refusal())), "")
-        if decision == "restart" and (refusal or is_refusal(failed.code, worker.log.tail)):
-            decision = "refused"
-        out_of_memory = self._oom.struck()
-        cause = _cause(failed, worker, out_of_memory=out_of_memory)
+        failure = worker.failure(failed.code, out_of_memory=self._oom.struck())
         if refusal:
-            cause = f"found a wrong setting ({refusal})"
+            failure = classify(failed.code, (), refusal=refusal)
+        decision: str = self._policy.after_failure(position, failure)
+        if decision == "restart" and failure.rung is Rung.STOP:
+            decision = "refused"
+        cause = _cause(failed, failure)
         code = failed.code if failed.code > 0 else 128 - failed.code if failed.code else 1
         if refusal:
             code = EXIT_USAGE
@@ -342,7 +344,7 @@ class Agent:
                 exit_code=failed.code if failed.code >= 0 else None,
                 signal=-failed.code if failed.code < 0 else None,
                 cause=cause,
-                out_of_memory=out_of_memory,
+                kind=failure.kind,
                 noticed=life.noticed[failed.rank],
                 position=position,
                 decision=decision,
@@ -370,10 +372,12 @@ class Agent:
             return None
         if decision == "crash loop":
             self.exit_code = code
-            last = "\n".join(f"  {line}" for line in worker.log.tail)
+            here = self._policy.here
+            first = next(f for f in here if f and f.error == failure.error)
+            last = "\n".join(f"  {line}" for line in first.last_words)
             msg = (
-                f"{CRASH_LOOP} failures in a row at {position}: the batch itself seems to be the "
-                f"cause. Rank {failed.rank} {cause}; its last lines:\n{last}"
+                f"{len(here)} failures in a row at {position}: the batch itself seems to be the "
+                f"cause. Rank {failed.rank} {cause}; its last lines the first time:\n{last}"
             )
             raise CrashLoopError(msg)
         return code
@@ -419,10 +423,10 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _cause(failed: Failed, worker: Worker, *, out_of_memory: bool) -> str:
+def _cause(failed: Failed, failure: Failure) -> str:
     if failed.early:
-        return "exited with code 0 while others were still training"
-    cause = cause_of(failed.code, worker.log.tail, out_of_memory=out_of_memory)
+        return f"{failure.words} while others were still training"
+    cause = failure.words
     if failed.left_before:
         ranks = ", ".join(map(str, failed.left_before))
         cause += f" after rank {ranks} had exited with code 0"

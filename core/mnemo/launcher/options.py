@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
@@ -46,6 +47,8 @@ class LaunchOptions:
         standbys: So many processes then wait, everything imported, to take a place. They know
             ``command`` as `rank_command` makes it for Python.
         join_limit_s: Seconds that a replacement may take.
+        hang_limit_s: Seconds without progress after which a rank that the others wait for is
+            killed; infinite for never, None where that follows from what is measured.
     """
 
     command: tuple[str, ...]
@@ -64,6 +67,7 @@ class LaunchOptions:
     in_process: bool = False
     standbys: int = 0
     join_limit_s: float = 120.0
+    hang_limit_s: float | None = math.inf
 
     def __post_init__(self) -> None:
         if self.max_restarts < 0:

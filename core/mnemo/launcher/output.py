@@ -21,7 +21,7 @@ _CLEAR: Final = b"\r\x1b[K"
 _MAX_LINE: Final = 1 << 16
 _READ: Final = 1 << 16
 _COLOURS: Final = (36, 33, 35, 32, 34, 31)
-TAIL_LINES: Final = 20
+TAIL_LINES: Final = 100
 """How many of a rank's last lines are kept in memory."""
 
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Final
 
 from mnemo.config.uncaught import REFUSAL_VARIABLE
 from mnemo.errors import LaunchError, ProtocolError, StoreLostError
-from mnemo.launcher.cause import cause_of, describe, is_refusal
 from mnemo.launcher.family import end_orphans
+from mnemo.launcher.guard import Guard
 from mnemo.launcher.reserve import Reserve
 from mnemo.launcher.worker import execute, rank_environ
+from mnemo.recovery.classes import Rung, in_words
 from mnemo.recovery.control import (
     CONTROL_VARIABLE,
     JOIN_VARIABLE,
@@ -27,10 +28,11 @@ from mnemo.recovery.control import (
     Back,
     Cannot,
     Channel,
+    Doing,
     Lost,
     Replaceable,
 )
-from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
+from mnemo.types import EXIT_OK
 
 if TYPE_CHECKING:
     import subprocess
@@ -42,12 +44,11 @@ if TYPE_CHECKING:
     from mnemo.launcher.restarts import Position, RestartPolicy
     from mnemo.launcher.seat import Seat
     from mnemo.launcher.worker import Start, Worker
+    from mnemo.recovery.classes import Failure
     from mnemo.recovery.journal import Journal
 
 _MOST_TRIES: Final = 2
 """So many processes may die in a lost rank's place before all ranks restart."""
-_SPOKEN: Final = frozenset({EXIT_OK, EXIT_STATE_SAVED, EXIT_STATE_LOST})
-"""Exit codes that are no accident."""
 
 
 @dataclass
@@ -126,6 +127,14 @@ class Replacing:
             self._hosting.add_done_callback(lambda _: changed())
         environ = {**rank_environ(options, os.environ, seat, 0), **self._variables(None)}
         self._reserve = Reserve(options, environ, life.log_dir, say)
+        self._guard = Guard(
+            options.hang_limit_s,
+            life.log_dir,
+            watched=self._whole,
+            worker=lambda rank: life.workers[rank],
+            journal=journal,
+            say=say,
+        )
 
     @property
     def pids(self) -> set[int]:
@@ -163,7 +172,7 @@ class Replacing:
         if loss and rank in loss.joining:
             loss.tries += 1
             if loss.tries >= _MOST_TRIES:
-                self.give_up(f"what came in its place {_ended(code)}")
+                self.give_up(f"what came in its place {in_words(code)}")
                 return True
         elif why_not := self._why_not(worker, code):
             self._ready.discard(rank)
@@ -189,6 +198,7 @@ class Replacing:
         self._over = True
         self._end_loss()
         self._reserve.close()
+        await self._guard.end()
         while self._channels:
             self._hang_up(self._channels.popitem()[1])
         if self._hosting:
@@ -200,14 +210,15 @@ class Replacing:
         joining = self._loss.joining if self._loss else set()
         if len(self._ready | joining) < self._options.ranks:
             return "not all ranks can be replaced"
-        if code in _SPOKEN:
-            return f"rank {worker.rank} {_ended(code)}"
+        if code == EXIT_OK:
+            return f"rank {worker.rank} {in_words(code)}"
         if joining | {worker.rank} == self._life.workers.keys():
             return "no rank is left that has the state"
         if code > 0:
             worker.close()  # its last words are in the log then
-            if worker.refusal() or is_refusal(code, worker.log.tail):
-                return f"rank {worker.rank} refuses to go on"
+            failure = worker.failure(code)
+            if failure.rung is not Rung.REPLICA:
+                return f"rank {worker.rank} {failure.words}"
         if not self._loss and self._policy.foresee(None) != "restart":
             return "it has happened too often"
         return ""
@@ -229,7 +240,7 @@ class Replacing:
         lost = Lost(
             self._epoch,
             tuple(sorted(loss.joining)),
-            f"rank {rank} {_ended(code)}",
+            f"rank {rank} {in_words(code)}",
             tuple(self._members),
         )
         for channel in self._channels.values():
@@ -333,9 +344,16 @@ class Replacing:
                 self.give_up(f"rank {rank}: {why}")
             case Back(epoch=self._epoch):
                 self._back(rank, message)
+            case Doing():
+                self._guard.hear(rank, message)
             case None:  # as a rank that is dying does; its end counts
                 asyncio.get_running_loop().remove_reader(channel)
         return message is not None
+
+    def _whole(self) -> Mapping[int, Channel]:
+        """All channels, as long as nothing is lost and each rank can be replaced; else none."""
+        whole = not self._over and not self._loss and len(self._ready) == self._options.ranks
+        return dict(self._channels) if whole else {}
 
     def _can(self, rank: int) -> None:
         self._ready.add(rank)
@@ -352,17 +370,18 @@ class Replacing:
             return
         self._took("all_back")
         position = _result(loss.position)
-        self._policy.after_failure(position)
-        self._report(loss, position)
+        struck = self._struck()
+        failures = [w.failure(code, out_of_memory=struck) for w, code, _ in loss.dead]
+        self._policy.after_failure(position, failures[0])
+        self._report(loss, position, failures)
         self._life.replaced.clear()
         self._end_loss()
         self._reserve.fill()
 
-    def _report(self, loss: _Loss, position: Position | None) -> None:
-        struck = self._struck()
+    def _report(self, loss: _Loss, position: Position | None, failures: Sequence[Failure]) -> None:
+        ranks = [worker.rank for worker, _, _ in loss.dead]
         cause = ", ".join(
-            f"rank {worker.rank} {cause_of(code, worker.log.tail, out_of_memory=struck)}"
-            for worker, code, _ in loss.dead
+            f"rank {rank} {failure.words}" for rank, failure in zip(ranks, failures, strict=True)
         )
         at = loss.dead[0][2]
         seconds = loss.agent_ms["all_back"] / 1e3
@@ -373,7 +392,7 @@ class Replacing:
             life=self._life.number,
             epoch=self._epoch,
             cause=cause,
-            out_of_memory=struck,
+            kinds=[failure.kind for failure in failures],
             noticed=at,
             by=loss.by,
             worker_pids=new,
@@ -392,7 +411,9 @@ class Replacing:
         )
 
     def _positioned(self, task: asyncio.Task[Position | None]) -> None:
-        if self._policy.foresee(_result(task)) == "crash loop":
+        assert self._loss
+        worker, code, _ = self._loss.dead[0]
+        if self._policy.foresee(_result(task), worker.failure(code)) == "crash loop":
             self.give_up("")  # it is said when the job ends
 
     def _took(self, phase: str) -> None:
@@ -416,10 +437,6 @@ class Replacing:
         self._say("the process with the ranks' Store has ended: if a rank dies, all restart")
         self.give_up("the ranks' Store has ended")
         self._over = True
-
-
-def _ended(code: int) -> str:
-    return describe(code, out_of_memory=False, last_line="")
 
 
 def _result(task: asyncio.Task[Position | None]) -> Position | None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from mnemo.launcher.cause import describe
 from mnemo.launcher.standby import RANKS_OWN, Become, Reads, Warm, decoder
 from mnemo.launcher.worker import execute, watch_exit
+from mnemo.recovery.classes import in_words
 from mnemo.recovery.control import CONTROL_VARIABLE
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class Reserve:
     def _died(self, standby: Standby) -> None:
         self._deaths += 1
         assert standby.code is not None
-        ended = f"a standby {describe(standby.code, out_of_memory=False, last_line='')}"
+        ended = f"a standby {in_words(standby.code)}"
         if self._deaths >= _MOST_DEATHS:
             self._give_up(f"{ended}, the {self._deaths}rd one of this life")
             return

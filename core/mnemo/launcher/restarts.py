@@ -6,15 +6,19 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
+from mnemo.recovery.classes import ITS_OWN
 from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from mnemo.clock import Clock
+    from mnemo.recovery.classes import Failure
 
-CRASH_LOOP: Final = 3
+_CRASH_LOOP: Final = 3
 """So many deaths in a row at one batch are no accident."""
+_SAME_EXCEPTION: Final = 2
+"""So many of one exception."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,32 +118,49 @@ class RestartPolicy:
         self._clock = clock
         self._failures: deque[float] = deque()
         self._position: Position | None = None
-        self._here = 0
+        self._failed_here: list[Failure | None] = []
 
     @property
     def recent(self) -> int:
         """Failures within the window that ended with the last one."""
         return len(self._failures)
 
+    @property
+    def here(self) -> list[Failure | None]:
+        """Failures in a row at the batch of the last one, the first one first."""
+        return list(self._failed_here)
+
     def after_failure(
-        self, position: Position | None
+        self, position: Position | None, failure: Failure | None = None
     ) -> Literal["restart", "exhausted", "crash loop"]:
         """Take note of a failure and decide what follows.
 
         Args:
             position: Where the run was, if that is known.
+            failure: What it was; None where it was another node's.
         """
-        decision = self.foresee(position)
+        decision = self.foresee(position, failure)
         self._failures.append(self._clock.monotonic())
-        self._here = self._here + 1 if position == self._position else 1
+        self._failed_here = [*(self._failed_here if position == self._position else ()), failure]
         self._position = position
         return decision
 
-    def foresee(self, position: Position | None) -> Literal["restart", "exhausted", "crash loop"]:
+    def foresee(
+        self, position: Position | None, failure: Failure | None = None
+    ) -> Literal["restart", "exhausted", "crash loop"]:
         """What `after_failure` would decide."""
         while self._failures and self._clock.monotonic() - self._failures[0] > self._window_s:
             self._failures.popleft()
-        here = self._here + 1 if position == self._position else 1
-        if position is not None and here >= CRASH_LOOP:
+        before = self._failed_here if position == self._position else []
+        if position is not None and (
+            len(before) + 1 >= _CRASH_LOOP or _times(failure, before) + 1 >= _SAME_EXCEPTION
+        ):
             return "crash loop"
         return "restart" if self.recent < self._max else "exhausted"
+
+
+def _times(failure: Failure | None, before: Sequence[Failure | None]) -> int:
+    """How often the same exception of the program's was there before."""
+    if failure is None or failure.kind not in ITS_OWN:
+        return 0
+    return sum(each is not None and each.error == failure.error for each in before)

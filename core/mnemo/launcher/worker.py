@@ -18,6 +18,7 @@ import psutil
 from mnemo.config.uncaught import AGENT_VARIABLE, REFUSAL_VARIABLE
 from mnemo.errors import LaunchError
 from mnemo.launcher.output import RankLog, RankStream
+from mnemo.recovery.classes import classify
 from mnemo.recovery.dying import await_death, dying_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mnemo.launcher.options import LaunchOptions
     from mnemo.launcher.output import Terminal
     from mnemo.launcher.seat import Seat
+    from mnemo.recovery.classes import Failure
 
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -188,6 +190,7 @@ class Worker:
         self.local_rank = local_rank
         self._on_exit = on_exit
         self._told = False
+        self._hang = ""
         pipes = {"stdout": os.pipe(), "stderr": os.pipe()}
         self._refusal = log_dir / f"rank-{rank}.refusal"
         files = {
@@ -236,6 +239,21 @@ class Worker:
         except FileNotFoundError:
             return ""
 
+    def failure(self, code: int, *, out_of_memory: bool = False) -> Failure:
+        """What has ended it; its output has been taken (`close`).
+
+        Args:
+            code: Its exit code; negative for a signal.
+            out_of_memory: The kernel has just killed for want of memory.
+        """
+        return classify(
+            code,
+            tuple(self.log.tail),
+            out_of_memory=out_of_memory,
+            refusal=self.refusal(),
+            hang=self._hang if code == -signal.SIGKILL else "",
+        )
+
     def send(self, number: int) -> None:
         """Send a signal to the rank alone: its loader workers are its own business."""
         # Not by Popen, which would reap a rank that has just ended, unseen by `_ended`.
@@ -273,6 +291,12 @@ class Worker:
         if not self._told:
             self._told = True
             self._on_exit(self, code)
+
+    def condemn(self, why: str) -> None:
+        """Kill it, since it hangs; its end is noticed as any other, with ``why`` in words."""
+        if self._process.returncode is None:
+            self._hang = why
+            self._kill_group()
 
     def kill(self) -> None:
         """Kill its whole process group, unless it has ended by itself."""

@@ -4,7 +4,8 @@ Each rank has one end of a socket pair (`CONTROL_VARIABLE`). From the moment tha
 said `Replaceable`, the loss of one begins a *membership epoch*: the agent tells the others `Lost`,
 and starts a process in its place that finds `JOIN_VARIABLE` in its environment. Once every rank has
 said `Back`, the loss is over; at a `Cannot` all ranks restart from the memory of the snapshot
-process, as without all this.
+process, as without all this. Meanwhile the agent asks what they do (`Ask`, `Doing`), so that it
+finds one that hangs.
 """
 
 from __future__ import annotations
@@ -106,7 +107,53 @@ class Lost(msgspec.Struct, frozen=True, tag="lost"):
     members: tuple[int, ...]
 
 
-Message: TypeAlias = Alive | Replaceable | Back | Cannot | Lost
+class Ask(msgspec.Struct, frozen=True, tag="ask"):
+    """Agent to rank, every few seconds: what are you doing?
+
+    Attributes:
+        number: Of the question; the answer repeats it.
+        stacks: The file that all threads' stacks are to be written to; empty for none.
+    """
+
+    number: int
+    stacks: str = ""
+
+
+class InGroup(msgspec.Struct, frozen=True, array_like=True):
+    """Collectives of one group: how many one rank has asked for, and how many of them have ended.
+
+    Attributes:
+        ranks: All members.
+        asked: Counted as on the other members.
+        ended: Less than asked: it waits, or will.
+    """
+
+    ranks: tuple[int, ...]
+    asked: int
+    ended: int
+
+
+class Doing(msgspec.Struct, frozen=True, tag="doing"):
+    """Rank to agent: what it has done until now.
+
+    Attributes:
+        number: Of the question.
+        tick: That of its last boundary.
+        groups: What it has done in each process group, by name.
+        messages: Messages that it has asked for.
+        place: Where in the program the main thread is.
+        debugged: A debugger has stopped it there.
+    """
+
+    number: int
+    tick: int
+    groups: dict[str, InGroup] = {}
+    messages: int = 0
+    place: str = ""
+    debugged: bool = False
+
+
+Message: TypeAlias = Alive | Replaceable | Back | Cannot | Lost | Ask | Doing
 
 _decoder = msgspec.json.Decoder[Message](Message)
 

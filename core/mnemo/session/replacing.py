@@ -28,6 +28,7 @@ from mnemo.comm import ddp
 from mnemo.comm.c10d import PrefixStore
 from mnemo.errors import GroupBrokenError, IntegrityError, MnemoError, ReplayError
 from mnemo.recovery import control
+from mnemo.session import answering
 from mnemo.session.finder import Restored
 from mnemo.session.place import Place
 from mnemo.session.ready import Ready
@@ -293,6 +294,8 @@ class Replacing:
             if message is None:
                 self._news.put(None)
                 return
+            if isinstance(message, control.Ask):
+                self._channel.tell(answering.answer(message))
             if isinstance(message, control.Lost):
                 others = set(message.ranks) - {self._place.rank}
                 comm.hold(message.epoch, others, message.why)
