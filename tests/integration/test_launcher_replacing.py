@@ -337,6 +337,7 @@ def test_one_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
             run.wait()
 
 
+@pytest.mark.campaign
 def test_a_store_that_cannot_be_hosted_ends_the_job(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -351,6 +352,7 @@ def test_a_store_that_cannot_be_hosted_ends_the_job(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.campaign
 def test_without_the_store_all_restart(tmp_path: Path) -> None:
     name = write(tmp_path, before="connected = connect()", top="""
 import os, socket, time

@@ -59,7 +59,7 @@ def check(found: dict[str, tuple[object, object]]) -> None:
     assert found == {}
 
 
-@pytest.mark.parametrize("name", ["train.py", "./train.py", "sub/../train.py", "sub/link.py"])
+@pytest.mark.parametrize("name", ["./train.py", "sub/link.py"])
 def test_a_script(tmp_path: Path, name: str) -> None:
     """Also by a relative path, or by a link from elsewhere."""
     write(tmp_path, before=FACTS, top='"""What it says of itself."""\n')

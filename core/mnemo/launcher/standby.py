@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import importlib.util
 import io
 import os
@@ -37,6 +38,12 @@ RANKS_OWN: Final = frozenset({"RANK", "LOCAL_RANK", "ROLE_RANK", JOIN_VARIABLE})
 """Variables that tell ranks apart."""
 _HARMLESS: Final = frozenset({"lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics"})
 """What they read becomes ``rank_zero_only.rank``, which is put right."""
+_LATER: Final = (
+    ("torch", ("mnemo.session", "mnemo.session.replacing", "mnemo.comm", "omegaconf")),
+    ("lightning", ("lightning_mnemo",)),
+)
+"""What a rank that can be replaced imports later than its script does, once that has imported
+something: it takes half a second."""
 _MOST_BYTES: Final = 1 << 16
 
 
@@ -139,6 +146,10 @@ class Script:
                 traceback.print_exc()
             if _Environ.reads:
                 raise _ReadsError(statement.lineno)
+        for first, others in _LATER:
+            for name in others if first in sys.modules else ():
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
         return beginning.rest
 
     def run(self) -> None:
