@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -860,3 +860,15 @@ def test_a_refusal_is_no_loss(paths: RunPaths) -> None:
         link.ask(m.Seal(9, 9), m.Sealed)
     assert lost == []
     link.leave(finished=True)
+
+
+def test_a_place_that_a_killed_process_still_has_is_waited_for(paths: RunPaths) -> None:
+    """The kernel closes its connection only once it has taken its memory back."""
+    holder = Rank.join(paths)
+    with pytest.raises(RunInUseError):
+        Link(paths, m.Join(0, 0, 1, 60.0))
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(Link, paths, m.Join(0, 0, 1, 60.0), patience_s=60.0)
+        assert not wait([waits], timeout=0.2).done
+        holder.close()
+        waits.result(timeout=60).leave(finished=True)

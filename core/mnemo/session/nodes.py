@@ -16,6 +16,7 @@ from mnemo.config import ResolvedConfig
 from mnemo.config.kinds import parse_code
 from mnemo.erasure.stripes import Group, make_groups
 from mnemo.errors import ConfigError, IdentityError, MnemoError, ProtectionError, SmpError
+from mnemo.recovery import control
 from mnemo.session import report
 from mnemo.session.agreement import or_none
 from mnemo.session.place import Place
@@ -23,6 +24,9 @@ from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
 from mnemo.smp.link import Link
 from mnemo.smp.paths import RunPaths
+
+_DYING_S: Final = 30.0
+"""How long a lost rank may take to be gone altogether, with all its memory."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -163,7 +167,8 @@ def take_places(
     link: Link | None = None
     try:
         with or_none(place, IdentityError, SmpError):
-            link = Link(paths, join, on_loss)
+            patience_s = 0.0 if control.joins() is None else _DYING_S
+            link = Link(paths, join, on_loss, patience_s=patience_s)
     except MnemoError:
         if link is not None:
             link.leave(finished=False)

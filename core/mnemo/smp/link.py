@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from mnemo.errors import IdentityError, SmpError
+from mnemo.errors import IdentityError, RunInUseError, SmpError
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
 from mnemo.smp.board import Board
@@ -28,6 +28,7 @@ R = TypeVar("R", bound=m.Message)
 
 _FAREWELL_S: Final = 10.0
 """How long the end of a process may wait for the SMP, which has nothing to do for it."""
+_LOOK_WHETHER_FREE_S: Final = 0.005
 _LOOK_AGAIN_S: Final = 30.0
 """After how long an SMP that could not be replaced is looked for again between two snapshots."""
 
@@ -36,7 +37,12 @@ class Link:
     """One rank's place at the SMP."""
 
     def __init__(
-        self, paths: RunPaths, join: m.Join, on_loss: Callable[[str], None] | None = None
+        self,
+        paths: RunPaths,
+        join: m.Join,
+        on_loss: Callable[[str], None] | None = None,
+        *,
+        patience_s: float = 0.0,
     ) -> None:
         """Start or find the SMP and join it.
 
@@ -44,6 +50,8 @@ class Link:
             paths: The run's files.
             join: Who this is.
             on_loss: Told, in words, whenever the SMP was found dead and replaced.
+            patience_s: Seconds that a process which has the place, and is known to have been
+                killed, may take until the kernel has closed its connection.
 
         Raises:
             SmpError: No SMP to be had.
@@ -52,6 +60,7 @@ class Link:
         self.paths = paths
         self._join = join
         self._on_loss = on_loss
+        self._free_at = time.monotonic() + patience_s
         self._lock = threading.Lock()
         """Around the choice of the SMP and what it has to be handed."""
         self._segments: dict[int, int] = {}
@@ -65,7 +74,7 @@ class Link:
         client = lifecycle.ensure(self.paths)
         try:
             given = [] if self._board is None else [self._board.fd]
-            joined, fds = client.ask(self._join, m.Joined, given)
+            joined, fds = self._sit(client, given)
             if self._board is None:
                 self._board = Board(fds[0])
             else:
@@ -82,6 +91,15 @@ class Link:
             raise
         rank_above(client.pid)
         return client
+
+    def _sit(self, client: SmpClient, given: list[int]) -> tuple[m.Joined, list[int]]:
+        while True:
+            try:
+                return client.ask(self._join, m.Joined, given)
+            except RunInUseError:
+                if time.monotonic() >= self._free_at:
+                    raise
+            time.sleep(_LOOK_WHETHER_FREE_S)
 
     @property
     def board(self) -> Board:
