@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import statistics
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -43,6 +45,7 @@ class Loss:
 
     Attributes:
         total_s: From the kill until all ranks have done the step that it interrupted, less a step.
+        usual_s: A step.
         phases: Of it, in order, by name.
         again: Forward passes that ranks which were not killed have repeated.
         steps_again: Steps that were done before, and are done again.
@@ -50,6 +53,7 @@ class Loss:
     """
 
     total_s: float
+    usual_s: float
     phases: dict[str, float] = field(default_factory=dict)
     again: int = 0
     steps_again: int = 0
@@ -81,13 +85,17 @@ class Job(ABC):
                 (str(_ROOT), str(_ROOT / "core"), str(_ROOT / "examples" / "lightning_gpt"))
             ),
         }
+        self.held = ExitStack()
+        """Closed with the job."""
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *words: str, **environ: str) -> subprocess.Popen[bytes]:
-        """``python WORDS...``; ended with the job."""
+    def start(
+        self, *words: str, python: str | Path = sys.executable, **environ: str
+    ) -> subprocess.Popen[bytes]:
+        """``PYTHON WORDS...``; ended with the job."""
         with (self.directory / "log").open("ab") as log:
             process = subprocess.Popen(
-                (sys.executable, *words),
+                (str(python), *words),
                 env={**self.environ, **environ},
                 stdout=log,
                 stderr=log,
@@ -104,10 +112,11 @@ class Job(ABC):
         for process in self._processes:
             _end(process)
         self.marks.close()
+        self.held.close()
 
     def said(self) -> str:
         """By launcher and ranks, the end of it."""
-        return (self.directory / "log").read_text()[-3000:]
+        return (self.directory / "log").read_text()[-30000:]
 
     def newest(self) -> int:
         """The highest step that all ranks have done."""
@@ -122,7 +131,8 @@ class Job(ABC):
         """
         deadline = time.monotonic() + LIMIT_S
         while not (found := self.marks.wait_for(ready, _LOOK_S)):
-            ended = [each.returncode for each in self._processes if each.poll() is not None]
+            codes = [each.poll() for each in self._processes]
+            ended = [code for code in codes if code not in {None, -signal.SIGKILL}]
             if ended or time.monotonic() > deadline:
                 why = f"it ended with {ended}" if ended else f"{LIMIT_S:g} s are over"
                 raise TimeoutError(f"the training does not go on: {why}\n{self.said()}")
@@ -136,7 +146,7 @@ class Job(ABC):
     def usual_s(self) -> float:
         """The median of a step, of all until now."""
         at = [mark["at"] for mark in self.marks.of("step", rank=0)][2:]
-        return statistics.median(b - a for a, b in zip(at, at[1:], strict=False))
+        return statistics.median(b - a for a, b in itertools.pairwise(at))
 
     @abstractmethod
     def settle(self, share: float) -> None:
@@ -146,19 +156,23 @@ class Job(ABC):
             share: Where between two checkpoints, if there are any.
         """
 
+    def choose(self) -> int:
+        """Which rank is killed."""
+        return self.chance.randrange(self.ranks)
+
     def kill(self) -> tuple[Mark, float]:
         """SIGKILL a rank at some instant of its forward or backward pass.
 
         Returns:
             Its mark as the forward pass began, and when it was killed, in Unix seconds.
         """
-        rank = self.chance.randrange(self.ranks)
+        rank = self.choose()
         forward = {mark["step"]: mark["at"] for mark in self.marks.of("forward", rank=rank)}
         backward = {mark["step"]: mark["at"] for mark in self.marks.of("backward", rank=rank)}
         usual = statistics.median([backward[step] - forward[step] for step in backward][-20:])
         since = time.time()
         newest = self.until(
-            lambda: next(iter(_after(self.marks.of("forward", rank=rank), since)), None)
+            lambda: next(iter(after(self.marks.of("forward", rank=rank), since)), None)
         )
         wait = newest["at"] + self.chance.uniform(0.02, 0.9) * usual - time.time()
         time.sleep(max(wait, 0))
@@ -172,21 +186,21 @@ class Job(ABC):
         step = victim["step"]
 
         def done() -> bool:
-            ranks = {mark["rank"] for mark in _after(self.marks.of("step", step=step), at)}
+            ranks = {mark["rank"] for mark in after(self.marks.of("step", step=step), at)}
             return len(ranks) == self.ranks
 
         self.until(done)
-        ends = _after(self.marks.of("step", step=step), at)
+        ends = after(self.marks.of("step", step=step), at)
         end = max(min(m["at"] for m in ends if m["rank"] == rank) for rank in range(self.ranks))
         others = [m for m in self.marks.of("forward") if m["rank"] != victim["rank"]]
         known = {(m["rank"], m["step"]) for m in others if m["at"] < at}
-        repeated = [m for m in _after(others, at) if (m["rank"], m["step"]) in known]
+        repeated = [m for m in after(others, at) if (m["rank"], m["step"]) in known]
         before = [m for m in self.marks.of("step", rank=victim["rank"]) if at < m["at"] < end]
         self.train(_SETTLING)  # what is usual is known better then
         usual = self.usual_s()
         phases, by = self.phases(victim, at, end - usual)
         steps_again = sum(mark["step"] < step for mark in before)
-        return Loss(end - at - usual, phases, len(repeated), steps_again, by)
+        return Loss(end - at - usual, usual, phases, len(repeated), steps_again, by)
 
     def phases(self, victim: Mark, at: float, end: float) -> tuple[dict[str, float], str]:
         """What it was spent on, and what came in the lost rank's place.
@@ -196,16 +210,18 @@ class Job(ABC):
             at: When, in Unix seconds.
             end: When the interrupted step was done, less a step.
         """
-        new = _after(self.marks.of("imported"), at)
-        started = max(psutil.Process(mark["pid"]).create_time() for mark in new)
-        imported = max(mark["at"] for mark in new)
-        begun = [min(m["at"] for m in _after(self.marks.of("forward", rank=rank), imported))
-                 for rank in range(self.ranks)]
+        del victim
+        newest = {mark["rank"]: mark for mark in after(self.marks.of("imported"), at)}
+        started = max(psutil.Process(mark["pid"]).create_time() for mark in newest.values())
+        imported = max(mark["at"] for mark in newest.values())
+        forward = after(self.marks.of("forward"), imported)
+        first = {mark["rank"]: mark["at"] for mark in reversed(forward)}
+        begun = max(first.values())
         return {
             "restart_s": started - at,
             "imports_s": imported - started,
-            "set_up_s": max(begun) - imported,
-            "again_s": end - max(begun),
+            "set_up_s": begun - imported,
+            "again_s": end - begun,
         }, "all ranks"
 
 
@@ -275,7 +291,7 @@ class MnemoJob(Job):
         source = ranks[str(record["sources"][0])]
         noticed = record["noticed"]
         told = noticed + next(v for k, v in agent.items() if k.startswith("told")) / 1e3
-        imported = _after(self.marks.of("imported", rank=rank), at)[0]["at"]
+        imported = after(self.marks.of("imported", rank=rank), at)[0]["at"]
         bid = told + source["wait_for_process"] / 1e3
         given = bid + source.get("hand_over", 0.0) / 1e3
         back = noticed + agent["all_back"] / 1e3
@@ -297,6 +313,8 @@ class TorchrunJob(Job):
 
     def __init__(self, directory: Path, ranks: int, chance: random.Random) -> None:
         super().__init__(directory, ranks, chance)
+        # With 2.13 all lives have one Store, in which gloo finds the addresses of those before.
+        self.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts=99")
         script = (str(_ROOT / "benchmarks" / "recovery_train.py"), str(ranks))
         where = str(directory / "checkpoint.ckpt")
@@ -311,11 +329,12 @@ class TorchrunJob(Job):
         """See `Job.settle`."""
         every = self.interval()["every"]
         since = time.time()
-        self.until(lambda: _after(self.marks.of("saved", rank=0), since))
+        self.until(lambda: after(self.marks.of("saved", rank=0), since))
         self.train(int(share * every))
 
 
-def _after(marks: list[Mark], at: float) -> list[Mark]:
+def after(marks: list[Mark], at: float) -> list[Mark]:
+    """Those of a later time."""
     return [mark for mark in marks if mark["at"] > at]
 
 
