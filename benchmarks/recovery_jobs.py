@@ -167,18 +167,25 @@ class Job(ABC):
             Its mark as the forward pass began, and when it was killed, in Unix seconds.
         """
         rank = self.choose()
-        forward = {mark["step"]: mark["at"] for mark in self.marks.of("forward", rank=rank)}
-        backward = {mark["step"]: mark["at"] for mark in self.marks.of("backward", rank=rank)}
-        usual = statistics.median([backward[step] - forward[step] for step in backward][-20:])
+        while True:
+            begun = self._next_forward(rank)
+            wait_s = self.chance.uniform(0.02, 0.9) * self._passes_s(rank)
+            time.sleep(max(begun["at"] + wait_s - time.time(), 0))
+            if not self.marks.of("backward", rank=rank, step=begun["step"]):
+                at = time.time()
+                os.kill(begun["pid"], signal.SIGKILL)
+                return begun, at
+
+    def _next_forward(self, rank: int) -> Mark:
         since = time.time()
-        newest = self.until(
-            lambda: next(iter(after(self.marks.of("forward", rank=rank), since)), None)
-        )
-        wait = newest["at"] + self.chance.uniform(0.02, 0.9) * usual - time.time()
-        time.sleep(max(wait, 0))
-        at = time.time()
-        os.kill(newest["pid"], signal.SIGKILL)
-        return newest, at
+        found: list[Mark] = self.until(lambda: after(self.marks.of("forward", rank=rank), since))
+        return found[0]
+
+    def _passes_s(self, rank: int) -> float:
+        """How long forward and backward pass take there, of late."""
+        begun = {mark["step"]: mark["at"] for mark in self.marks.of("forward", rank=rank)}
+        ended = {mark["step"]: mark["at"] for mark in self.marks.of("backward", rank=rank)}
+        return statistics.median([ended[step] - begun[step] for step in ended][-20:])
 
     def measure(self) -> Loss:
         """Kill, and wait until the step that this interrupted is done."""
