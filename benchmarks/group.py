@@ -188,7 +188,7 @@ class _Served:
             {},
             bytes_per_s=rate,
         )
-        self.protector = Protector(0, group, self.neighbours, self.memory)
+        self.protector = Protector(0, (group,), self.neighbours, self.memory)
         self.neighbours.attend(PLAIN, self._send_plain)
 
     async def _send_plain(self, peer: Peer[Message], opening: Opening) -> None:

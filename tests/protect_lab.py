@@ -41,6 +41,11 @@ def names(number: int) -> tuple[str, ...]:
     return tuple(f"node{i}" for i in range(number))
 
 
+def divided(number: int, parities: int, groups: int = 1) -> list[Group]:
+    """Nodes dealt out to groups, as `mnemo.erasure.stripes.make_groups` does."""
+    return [Group(names(number)[first::groups], parities) for first in range(groups)]
+
+
 class Memory:
     """Sealed segments of random bytes: what a fit is to its protector."""
 
@@ -142,7 +147,7 @@ class Node:
     def __init__(
         self,
         name: str,
-        group: Group,
+        groups: Sequence[Group],
         addresses: Mapping[str, Address] | None = None,
         *,
         rules: Rules = QUICK,
@@ -150,6 +155,7 @@ class Node:
         bytes_per_s: float = float("inf"),
         most: int = 1 << 40,
     ) -> None:
+        self.groups = groups
         self.memory = Memory(most)
         self.neighbours = Neighbours(
             Identity(node=name, run="lab", secret=SECRET),
@@ -158,7 +164,7 @@ class Node:
             bytes_per_s=bytes_per_s,
             rules=rules,
         )
-        self.protector = Protector(0, group, self.neighbours, self.memory, chunk=chunk)
+        self.protector = Protector(0, groups, self.neighbours, self.memory, chunk=chunk)
 
     def commit(
         self, tick: int, sizes: Sequence[int], seed: int, *, step: int = -1, frozen: float = 0
@@ -183,11 +189,10 @@ def acquaint(nodes: Sequence[Node]) -> None:
 
 @contextlib.asynccontextmanager
 async def group_of(
-    number: int, parities: int, *, start: bool = True, **options: Any
+    number: int, parities: int, *, groups: int = 1, start: bool = True, **options: Any
 ) -> AsyncIterator[list[Node]]:
-    """A group, all of whom know each other. Nodes may be replaced in the list."""
-    group = Group(names(number), parities)
-    nodes = [Node(name, group, **options) for name in group.nodes]
+    """One group or several, all of whom know each other. Nodes may be replaced in the list."""
+    nodes = [Node(name, divided(number, parities, groups), **options) for name in names(number)]
     acquaint(nodes)
     try:
         if start:
@@ -203,8 +208,7 @@ async def replace(nodes: list[Node], position: int, **options: Any) -> Node:
     """Another node with nothing in memory, in the place of one that ends."""
     old = nodes[position]
     await old.close()
-    group = Group(names(len(nodes)), old.protector.status()["parities"])
-    nodes[position] = Node(group.nodes[position], group, **options)
+    nodes[position] = Node(old.neighbours.name, old.groups, **options)
     acquaint(nodes)
     return nodes[position]
 
@@ -329,11 +333,15 @@ async def _do(node: Node, do: str, given: dict[str, Any]) -> Any:
 
 
 async def _main(
-    position: int, number: int, parities: int, protocol: int = PROTOCOL, **options: Any
+    position: int,
+    number: int,
+    parities: int,
+    groups: int = 1,
+    protocol: int = PROTOCOL,
+    **options: Any,
 ) -> None:
     frames.PROTOCOL = handshake.PROTOCOL = protocol  # type: ignore[misc]
-    group = Group(names(number), parities)
-    node = Node(group.nodes[position], group, **options)
+    node = Node(names(number)[position], divided(number, parities, groups), **options)
     print(json.dumps({"address": node.neighbours.address}), flush=True)
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(

@@ -82,6 +82,36 @@ def test_two_of_four_are_lost_and_what_is_left_is_stored(tmp_path: Path) -> None
 
 
 @pytest.mark.campaign
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "lost"), [(6, 1, (0, 3)), (3, 2, (1,))], ids=["two groups", "two ranks"]
+)
+def test_what_is_left_of_groups_and_of_several_ranks_a_node_is_stored(
+    tmp_path: Path, nodes: int, ranks: int, lost: tuple[int, ...]
+) -> None:
+    """Each group brings back its own, and each lost node's part has all its ranks."""
+    with netns.network(tmp_path, nodes) as net:
+        flags = (f"--nproc-per-node={ranks}",)
+        job = Job(net, tmp_path / "job", str(nodes), 300, storing(tmp_path, "2+1"), flags)
+        job.settings["MNEMO_RECOVER__NO_SPARE"] = "wait 30s"
+        with job.explained():
+            job.start(*net.hosts)
+            until("a protected step", lambda: job.protected_step(*net.hosts) > 5)
+            for number in lost:
+                net.hosts[number].lose()
+            left = [host for host in net.hosts if host.number not in lost]
+            assert job.codes(*left) == [EXIT_STATE_SAVED] * len(left)
+            step = stored_step(job, *left)
+            for host in left:
+                host.lose()
+            job.settings["MNEMO_RECOVER__NO_SPARE"] = "wait 60s"
+            job.start(*net.hosts)
+            assert job.codes() == [0] * nodes
+            assert f"→ resumed from storage at step {step}" in job.said()
+        assert job.steps_done() == 300
+        assert len({digest for digest, _ in job.result(nodes * ranks)}) == 1
+
+
+@pytest.mark.campaign
 def test_what_is_left_cannot_be_stored(tmp_path: Path) -> None:
     """Storage cannot be written: it is said, and what is left stays in memory."""
     with netns.network(tmp_path, 3) as net:

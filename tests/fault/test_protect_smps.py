@@ -106,13 +106,25 @@ def secret_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def group_of(number: int, parities: int, directory: Path) -> Iterator[list[Smp]]:
-    names = tuple(f"node{i}" for i in range(number))
+def group_of(
+    number: int,
+    parities: int,
+    directory: Path,
+    *,
+    groups: int = 1,
+    rates: dict[int, float] | None = None,
+) -> Iterator[list[Smp]]:
+    """Nodes dealt out to groups; ``rates`` are most bytes a second that a node sends, by node."""
+    names = [f"node{i}" for i in range(number)]
+    dealt = tuple(tuple(names[first::groups]) for first in range(groups))
     with contextlib.ExitStack() as stack:
         addresses = {name: ("127.0.0.1", stack.enter_context(held_port())) for name in names}
-        smps = [
-            Smp(directory, m.ProtectSettings(name, names, parities, addresses)) for name in names
-        ]
+        smps = []
+        for i, name in enumerate(names):
+            known = {n: addresses[n] for n in {names[0], *dealt[i % groups]}}
+            rate = (rates or {}).get(i)
+            settings = m.ProtectSettings(name, dealt, parities, known, rate)
+            smps.append(Smp(directory, settings))
         try:
             yield smps
         finally:
@@ -135,8 +147,13 @@ def all_join(smps: list[Smp]) -> None:
 
 def all_protect(smps: list[Smp], step: int) -> None:
     """Wait until a step is protected."""
+    wait_for(smps, "step", step)
+
+
+def wait_for(smps: list[Smp], key: str, value: object) -> None:
+    """Wait until all of ``smps`` say so in their status."""
     deadline = time.monotonic() + PATIENCE_S
-    while {smp.status()["step"] for smp in smps} != {step}:
+    while not all(smp.status()[key] == value for smp in smps):
         assert time.monotonic() < deadline, [smp.status() for smp in smps]
         time.sleep(0.02)
 
@@ -167,6 +184,50 @@ def test_lost_nodes_come_back_with_what_their_ranks_had_committed(
             for smp in smps:
                 smp.write(tick)
             all_protect(smps, 10 * tick)
+
+
+@pytest.mark.usefixtures("secret_file")
+@pytest.mark.parametrize(
+    ("lost", "kept"), [((0, 1), [1, 2]), ((2, 3), [1])], ids=["leader lost", "leader left"]
+)
+def test_groups_out_of_step_come_back_with_the_same(
+    lost: tuple[int, int], kept: list[int], tmp_path: Path
+) -> None:
+    """One group has the next generation whole, the other does not when one is lost of each.
+
+    A leader that is left gives up what is not whole everywhere.
+    """
+    slow = {1: 3e5, 3: 3e5}
+    with group_of(4, 1, tmp_path, groups=2, rates=slow) as smps:
+        all_join(smps)
+        for tick in (1, 2):
+            for smp in smps:
+                smp.write(tick)
+            if tick == 1:
+                all_protect(smps, 10)
+        wait_for(smps[0::2], "kept", [1, 2])
+        wait_for(smps[1::2], "kept", [1])
+        assert {smp.status()["step"] for smp in smps} == {10}
+
+        for number in lost:
+            smps[number].kill()
+        left = [smp for number, smp in enumerate(smps) if number not in lost]
+        wait_for(left[:1], "kept", kept)
+        for number in lost:
+            smps[number].join()
+        for number, common in zip(lost, (kept, [1]), strict=True):
+            assert smps[number].recall().kept
+            assert smps[number].status()["kept"] == common
+            for rank in smps[number].ranks:
+                assert rank.newest(below=2) == (1, {i: lab.content(i, 1) for i in range(RANKS)})
+
+        for smp in smps:
+            for rank in smp.ranks:
+                rank.client.tell(m.Resume(1))
+        for smp in smps:
+            smp.write(2)
+        all_protect(smps, 20)
+        assert [smp.status()["kept"] for smp in smps] == [[2]] * 4
 
 
 @pytest.mark.usefixtures("secret_file")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import protect_lab as lab
 import pytest
 
-from mnemo.erasure.stripes import Group
 from mnemo.errors import PeerLostError, ProtectionError
 from mnemo.protect import Neighbours
 from mnemo.protect.messages import (
@@ -99,7 +98,7 @@ def test_only_the_first_node_leads(seed: int) -> None:
         async with lab.group_of(3, 1) as nodes, known_as("node2", nodes) as somebody:
             refusal = await answer_to(somebody, "node1", Join(0))
             assert isinstance(refusal, Refused)
-            assert "node1 does not lead its group" in refusal.why
+            assert "node1 does not lead, or not yet" in refusal.why
 
     run(main())
 
@@ -232,7 +231,7 @@ def test_a_leader_of_another_group_is_not_obeyed(seed: int) -> None:
     async def main() -> None:
         async with lab.group_of(3, 1, start=False) as nodes:
             await nodes[2].close()
-            nodes[2] = lab.Node("node2", Group(lab.names(3), 2))
+            nodes[2] = lab.Node("node2", lab.divided(3, 2))
             lab.acquaint(nodes)
             for node in nodes:
                 node.protector.start()
@@ -291,10 +290,10 @@ def test_a_member_that_says_it_has_what_it_has_not(seed: int) -> None:
                 somebody.call("node0", Join(0)) as peer,
             ):
                 address = (somebody.address.host, somebody.address.port)
-                await peer.send(Holds({1: 10}, (), 7, address))
+                await peer.send(Holds({1: 10}, {}, -1, 7, address))
                 while not isinstance((await peer.receive()).message, Void):
                     pass
-            nodes[2] = lab.Node("node2", Group(lab.names(3), 1))
+            nodes[2] = lab.Node("node2", lab.divided(3, 1))
             lab.acquaint(nodes)
             nodes[2].protector.start()
             await goes_on(nodes, seed)

@@ -190,7 +190,7 @@ def test_nothing_stays_in_a_lost_nodes_name_where_it_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = ("node-0", "node-1")
-    protect = m.ProtectSettings("node-0", group, 1, dict.fromkeys(group, ("127.0.0.1", 1)))
+    protect = m.ProtectSettings("node-0", (group,), 1, dict.fromkeys(group, ("127.0.0.1", 1)))
     own = Looks(m.Looked(0, {2: 1}, m.PersistSettings(str(tmp_path / "to"), 1.0, 1), protect))
     started, ended = threading.Event(), threading.Event()
     ensure, find = lifecycle.ensure, lifecycle.find

@@ -21,7 +21,12 @@ REQUESTS: tuple[m.Message, ...] = (
     m.Hello(b"n" * 16, b"p" * 32),
     m.Join(0, 3, 8, 3600.0, m.PersistSettings("s3://bucket/x", 600.0, 3)),
     m.Join(
-        0, 3, 8, 60.0, None, m.ProtectSettings("a", ("a", "b"), 1, {"b": ("10.0.0.2", 5000)}, 1e6)
+        0,
+        3,
+        8,
+        60.0,
+        None,
+        m.ProtectSettings("a", (("a", "b"),), 1, {"b": ("10.0.0.2", 5000)}, 1e6),
     ),
     m.Reserve(2**40, 3),
     m.Begin(17, 16, 2**33),

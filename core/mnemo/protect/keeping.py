@@ -58,7 +58,7 @@ class Holdings(Protocol):
 
 @dataclass(frozen=True)
 class Standing:
-    """What is protected now; -1 for nothing."""
+    """What is protected now; -1 for nothing, or what is not known."""
 
     epoch: int = -1
     tick: int = -1
@@ -92,9 +92,9 @@ class Keeping:
         return epoch in self._kept
 
     @property
-    def epochs(self) -> tuple[int, ...]:
-        """What is kept, in the order it came."""
-        return tuple(self._kept)
+    def ticks(self) -> dict[int, int]:
+        """What is kept: epoch to tick."""
+        return {epoch: kept.plan.generation.tick for epoch, kept in self._kept.items()}
 
     @property
     def seals(self) -> dict[int, bytes]:
@@ -125,8 +125,13 @@ class Keeping:
             return
         for older in [other for other in self._kept if other < epoch]:
             self.drop(older)
-        self.standing = Standing.of(self._kept[epoch].plan)
+        self.stand_on(epoch)
         log.debug("step %d is protected", self.standing.step)
+
+    def stand_on(self, epoch: int) -> None:
+        """``epoch`` is what is protected, as far as this node knows; nothing if it is not kept."""
+        kept = self._kept.get(epoch)
+        self.standing = Standing() if kept is None else Standing.of(kept.plan)
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -141,23 +146,23 @@ class Keeping:
         self.parities.give_back(fragments.close())
         self.holdings.unpin(fragments.plan.generation.tick)
         if epoch == self.standing.epoch:
-            self.standing = Standing()
+            self.stand_on(max(self._kept, default=-1))
 
     def drop_all_but(self, epoch: int) -> None:
         """Keep ``epoch`` alone; where it is not there, the newest."""
         needed = epoch if epoch in self._kept else max(self._kept, default=-1)
-        for other in self.epochs:
+        for other in list(self._kept):
             if other != needed:
                 self.drop(other)
 
     def drop_after(self, tick: int) -> None:
         """Keep nothing newer than ``tick``."""
-        for epoch, kept in list(self._kept.items()):
-            if kept.plan.generation.tick > tick:
+        for epoch, kept in self.ticks.items():
+            if kept > tick:
                 self.drop(epoch)
 
     def close(self) -> None:
         """Keep nothing, and give the memory back."""
-        for epoch in self.epochs:
+        for epoch in list(self._kept):
             self.drop(epoch)
         self.parities.close()

@@ -1,15 +1,16 @@
-"""The first node of a group decides when which generation is protected; all take part or none.
+"""One node decides when which generation is protected; all of all groups take part or none.
 
 Two phases: an attempt counts once every member said that it is complete, and only when they are
 told so do members let go of what was protected before. So whoever is lost at whatever instant,
-those that are left have one generation in common, whole.
+those that are left have one generation in common, whole. That holds over all groups, which share
+nothing else: a generation that one of them keeps is of no use unless the others have it as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, TypeVar
@@ -48,7 +49,7 @@ _TICKS_A_STEP: Final = 2
 
 @dataclass(eq=False)
 class Follower:
-    """One node of the group, as the leader knows it."""
+    """One node, as the leader knows it."""
 
     node: str
     tell: Callable[[FromLeader], None]
@@ -69,19 +70,21 @@ def _stride(known: Iterable[Holds]) -> int:
 class Leader:
     """Runs attempts, one after the other."""
 
-    def __init__(self, group: Group, chunk: int, patience_s: float, standing: Standing) -> None:
-        """Begin without members.
+    def __init__(self, groups: Sequence[Group], chunk: int, patience_s: float) -> None:
+        """Begin without members; what is protected is what they say they keep.
 
         Args:
-            group: All that have to take part.
+            groups: All whose nodes have to take part.
             chunk: Bytes of chunks, as long as not too many come of it.
             patience_s: How long a member may take to answer a proposal.
-            standing: What is known to be protected.
         """
-        self._group = group
+        self._groups = groups
+        self._nodes = tuple(node for group in groups for node in group.nodes)
         self._chunk = chunk
         self._patience_s = patience_s
-        self._standing = standing
+        self._standing = Standing()
+        self._base = -1
+        """Epoch that members keep until another is protected."""
         self._members: dict[str, Follower] = {}
         self._changed = asyncio.Event()
         self._epoch = -1
@@ -155,12 +158,11 @@ class Leader:
         Where they hold none in common, or what was proposed was gone when they heard of it, one
         that is still to come: those are the same for all.
         """
-        holds = [self._members[n].holds for n in self._group.nodes if n in self._members]
+        holds = [self._members[n].holds for n in self._nodes if n in self._members]
         known = [held for held in holds if held is not None]
-        if len(known) < len(self._group.nodes):
+        if len(known) < len(self._nodes):
             return None
-        if any(self._standing.epoch not in held.kept for held in known):
-            self._standing = Standing()  # somebody lost it, or went back before it
+        self._look_what_stands(known)
         common = set(known[0].ticks.items())
         for held in known:
             common &= set(held.ticks.items())
@@ -173,6 +175,21 @@ class Leader:
         self._ahead = max(1, self._ahead)
         return max(reached) + self._ahead * _stride(known)
 
+    def _look_what_stands(self, known: Sequence[Holds]) -> None:
+        """What was protected last, as far as anybody was told, and whether all keep it still.
+
+        Where one of them has lost it, nothing is protected, and it stays with the others until the
+        next is: a loss leads back to it, as long as enough are left. If another one was protected
+        and nobody was told, all keep this one, too.
+        """
+        told = {self._base, *(held.protected for held in known)}
+        kept = [epoch for epoch in told if any(epoch in held.kept for held in known)]
+        self._base = max(kept, default=-1)
+        if all(self._base in held.kept for held in known):
+            self._standing = Standing(self._base, known[0].kept[self._base])
+        else:
+            self._standing = Standing()
+
     async def _attempt(self, epoch: int, tick: int) -> None:
         """Try to protect ``tick``.
 
@@ -182,41 +199,46 @@ class Leader:
         present = dict(self._members)
         for member in present.values():
             member.answer = None
-        self._tell_all(Propose(epoch, tick, self._standing.epoch))
+        self._tell_all(Propose(epoch, tick, self._base))
         patience_s = min(self._patience_s, _AHEAD_S) if self._ahead else self._patience_s
         pinned = await self._answers(present, Pinned, patience_s)
-        bases = {answer.base for answer in pinned}
-        steps = {answer.step for answer in pinned}
+        steps = {answer.step for answer in pinned.values()}
         if len(steps) > 1:
             raise ProtectionError(f"it is of steps {sorted(steps)} on different nodes")
-        plan = Plan.of(
-            Generation(
-                epoch,
-                tick,
-                steps.pop(),
-                self._group.nodes,
-                self._group.parities,
-                self._chunk,
-                tuple(answer.pieces for answer in pinned),
-            )
-        )
-        addresses = []
-        for node in self._group.nodes:
-            holds = present[node].holds
-            assert holds is not None
-            addresses.append(holds.address)
-            present[node].answer = None
-        upon_base = self._trusts_base and len(bases) == 1 and bases != {b""}
-        self._tell_all(Go(plan.generation, tuple(addresses), upon_base))
+        words = [self._go(group, epoch, tick, pinned) for group in self._groups]
+        for group, go in zip(self._groups, words, strict=True):
+            for node in group.nodes:
+                present[node].answer = None
+                present[node].tell(go)
         await self._answers(present, Complete, None)
         self._trusts_base = True
-        self._standing = Standing.of(plan)
+        self._standing, self._base = Standing(epoch, tick), epoch
         self._tell_all(Protected(epoch))
+
+    def _go(self, group: Group, epoch: int, tick: int, pinned: Mapping[str, Pinned]) -> Go:
+        """The word for ``group``, by what its members hold.
+
+        Raises:
+            ProtectionError: It cannot be laid out.
+        """
+        mine = [pinned[node] for node in group.nodes]
+        shards = tuple(answer.pieces for answer in mine)
+        generation = Generation(
+            epoch, tick, mine[0].step, group.nodes, group.parities, self._chunk, shards
+        )
+        addresses = []
+        for node in group.nodes:
+            holds = self._members[node].holds
+            assert holds is not None
+            addresses.append(holds.address)
+        bases = {answer.base for answer in mine}
+        upon_base = self._trusts_base and len(bases) == 1 and bases != {b""}
+        return Go(Plan.of(generation).generation, tuple(addresses), upon_base)
 
     async def _answers(
         self, present: dict[str, Follower], kind: type[A], patience_s: float | None
-    ) -> list[A]:
-        """What all members say, in their order.
+    ) -> dict[str, A]:
+        """What all members say, by node.
 
         Raises:
             ProtectionError: One says something else, or goes away, or takes too long.
@@ -224,7 +246,8 @@ class Leader:
         deadline = None if patience_s is None else asyncio.get_running_loop().time() + patience_s
         while True:
             self._changed.clear()
-            for node in self._group.nodes:
+            found = {}
+            for node in self._nodes:
                 if self._members.get(node) is not present[node]:
                     raise ProtectionError(f"node {node} went away")
                 answer = present[node].answer
@@ -232,9 +255,9 @@ class Leader:
                     raise _GoneError(f"node {node}: {answer.why}")
                 if isinstance(answer, Failed):
                     raise ProtectionError(f"node {node}: {answer.why}")
-            answers = [present[node].answer for node in self._group.nodes]
-            found = [answer for answer in answers if isinstance(answer, kind)]
-            if len(found) == len(answers):
+                if isinstance(answer, kind):
+                    found[node] = answer
+            if len(found) == len(self._nodes):
                 return found
             timeout = None if deadline is None else deadline - asyncio.get_running_loop().time()
             # Not wait_for: before Python 3.12 that may swallow a cancellation.
@@ -244,7 +267,7 @@ class Leader:
             finally:
                 change.cancel()
             if not changed:
-                silent = [n for n in self._group.nodes if present[n].answer is None]
+                silent = [n for n in self._nodes if present[n].answer is None]
                 raise ProtectionError(f"no answer within {patience_s} s from {', '.join(silent)}")
 
     def _tell_all(self, message: FromLeader) -> None:

@@ -87,20 +87,22 @@ class Member:
         """Of a generation that is still to come."""
         self._epoch = -1
         self._outbox: asyncio.Queue[FromMember] | None = None
+        self._told: Holds | None = None
+        """What the leader was told last of what this node has."""
 
     # --- its leader ---------------------------------------------------------------------------
 
-    async def follow(self) -> None:
-        """Obey, on a connection that is made anew whenever it breaks."""
-        leader, told = self._group.nodes[0], ""
+    async def follow(self, leader: str) -> None:
+        """Obey node ``leader``, on a connection that is made anew whenever it breaks."""
+        told = ""
         while True:
             try:
                 async with self._neighbours.call(leader, Join(self._fit)) as peer:
                     await together(self._write(peer), self._listen(peer))
             except (PeerError, ProtectionError) as error:
-                self.failure = f"the leader of the group is not there: {error}"
+                self.failure = f"the leader is not there: {error}"
                 if str(error) != told:
-                    log.info("the leader of the group is not there: %s", error)
+                    log.info("the leader is not there: %s", error)
                 told = str(error)
             finally:
                 self._outbox = None
@@ -110,10 +112,8 @@ class Member:
     async def follow_here(self, leader: Leader) -> None:
         """Obey a leader in this process."""
         words: asyncio.Queue[FromLeader] = asyncio.Queue()
-        outbox: asyncio.Queue[FromMember] = asyncio.Queue()
         follower = leader.join(self._neighbours.name, words.put_nowait)
-        self._outbox = outbox
-        self.tell_holdings()
+        outbox = self._speak()
 
         async def say() -> None:
             while True:
@@ -130,11 +130,15 @@ class Member:
             await self.abandon()
 
     async def _write(self, peer: Peer[Message]) -> None:
-        outbox: asyncio.Queue[FromMember] = asyncio.Queue()
-        self._outbox = outbox
-        self.tell_holdings()
+        outbox = self._speak()
         while True:
             await peer.send(await outbox.get())
+
+    def _speak(self) -> asyncio.Queue[FromMember]:
+        """Words for a leader who knows nothing of this node yet."""
+        self._outbox, self._told = asyncio.Queue(), None
+        self.tell_holdings()
+        return self._outbox
 
     async def _listen(self, peer: Peer[Message]) -> None:
         while True:
@@ -155,16 +159,18 @@ class Member:
         self.tell_holdings()
 
     def tell_holdings(self) -> None:
-        """Say what this node has."""
+        """Say what this node has, where that is not what was said."""
         address = self._neighbours.address
-        self._say(
-            Holds(
-                dict(self._keeping.holdings.ticks()),
-                self._keeping.epochs,
-                max(self._epoch, self._keeping.standing.epoch),
-                (address.host, address.port),
-            )
+        holds = Holds(
+            dict(self._keeping.holdings.ticks()),
+            self._keeping.ticks,
+            self._keeping.standing.epoch,
+            max(self._epoch, self._keeping.standing.epoch),
+            (address.host, address.port),
         )
+        if holds != self._told:
+            self._told = holds
+            self._say(holds)
 
     async def _obey(self, message: FromLeader) -> None:
         if isinstance(message, Propose):

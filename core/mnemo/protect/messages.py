@@ -141,13 +141,15 @@ class Holds(msgspec.Struct, tag=True, frozen=True):
 
     Attributes:
         ticks: Generations that could be protected.
-        kept: Epochs whose fragments are kept whole.
+        kept: Epochs whose fragments are kept whole, with their ticks.
+        protected: The newest of them of which it is known that all kept it.
         epoch: The newest epoch that was heard of.
         address: Where the member listens: host and port.
     """
 
     ticks: dict[int, int]
-    kept: tuple[int, ...]
+    kept: dict[int, int]
+    protected: int
     epoch: Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]
     address: tuple[str, int]
 

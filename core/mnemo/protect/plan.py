@@ -169,6 +169,11 @@ class Plan:
         """Bytes of all parities of the node at ``position``."""
         return sum(self.stripe_size(place.stripe) for place in self.group.parities_of(position))
 
+    def kept_by(self, position: int) -> int:
+        """Bytes of all fragments of the node at ``position``."""
+        stripes = range(len(self.sizes))
+        return sum(self.size(stripe, self.index_of(position, stripe)) for stripe in stripes)
+
     def size(self, stripe: int, index: int) -> int:
         """Bytes of a fragment that are stored and sent."""
         return self._sizes[stripe, index]

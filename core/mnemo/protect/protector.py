@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any, Final
 
 from mnemo.erasure.codec import codec
@@ -31,7 +32,7 @@ from mnemo.protect.messages import (
 )
 from mnemo.protect.neighbours import Neighbours
 from mnemo.protect.plan import CHUNK
-from mnemo.protect.rebuild import Progress, Rebuilding, find_survivors
+from mnemo.protect.rebuild import Progress, Rebuilding, Survivors, find_survivors
 from mnemo.protect.shard import Fragments
 from mnemo.protect.tasks import cancel, ended, together
 from mnemo.transport.peer import Peer
@@ -43,7 +44,7 @@ _ROUNDS: Final = 3
 
 
 class Protector:
-    """Takes part in its group, and leads it if it is the first. Runs on the SMP's loop.
+    """Takes part in its group, and leads all groups if it is the first. Runs on the SMP's loop.
 
     Once it has started, nothing here raises into the SMP: what fails is logged, told by `status`,
     and tried again.
@@ -52,7 +53,7 @@ class Protector:
     def __init__(
         self,
         fit: int,
-        group: Group,
+        groups: Sequence[Group],
         neighbours: Neighbours,
         holdings: Holdings,
         *,
@@ -62,20 +63,25 @@ class Protector:
 
         Args:
             fit: Which one.
-            group: This node and those that it shares parities with.
-            neighbours: How they are reached.
+            groups: All of the run, in an order that is the same everywhere. In one of them this
+                node shares parities with others; the first node of the first leads all.
+            neighbours: How those of its group and the leader are reached.
             holdings: The fit's segments.
             chunk: Bytes of fragments that are handled at once; what the leader says counts.
 
         Raises:
-            ProtectionError: This node is not in the group.
+            ProtectionError: This node is in no group.
         """
-        if neighbours.name not in group.nodes:
-            raise ProtectionError(f"{neighbours.name} is not in {', '.join(group.nodes)}")
+        group = next((group for group in groups if neighbours.name in group.nodes), None)
+        if group is None:
+            nodes = ", ".join(node for group in groups for node in group.nodes)
+            raise ProtectionError(f"{neighbours.name} is not in {nodes}")
         self.progress = Progress()
         """Of a rebuild."""
         self._fit = fit
+        self._groups = groups
         self._group = group
+        self._leads = groups[0].nodes[0]
         self._neighbours = neighbours
         self._chunk = chunk
         self._codec = codec(group.code)
@@ -90,11 +96,10 @@ class Protector:
     def start(self) -> None:
         """Begin to protect what is committed."""
         loop = asyncio.get_running_loop()
-        if self._neighbours.name != self._group.nodes[0]:
-            self._tasks.append(loop.create_task(self._member.follow()))
+        if self._neighbours.name != self._leads:
+            self._tasks.append(loop.create_task(self._member.follow(self._leads)))
             return
-        patience_s = self._neighbours.rules.stall_s
-        leader = Leader(self._group, self._chunk, patience_s, self._keeping.standing)
+        leader = Leader(self._groups, self._chunk, self._neighbours.rules.stall_s)
         self._leader = leader
         self._tasks.append(loop.create_task(leader.run()))
         self._tasks.append(loop.create_task(self._member.follow_here(leader)))
@@ -128,6 +133,7 @@ class Protector:
             "parities": self._group.parities,
             "tick": self.standing.tick,
             "step": self.standing.step,
+            "kept": sorted(self._keeping.ticks.values()),
             "failure": self.failure,
             "memory": self._keeping.parities.memory,
             "rebuilt": self.progress.done,
@@ -150,6 +156,9 @@ class Protector:
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
         try:
+            if isinstance(opening, Join):
+                await self._lead(peer)
+                return
             if peer.node not in self._group.nodes:
                 raise ProtectionError(f"{peer.node} is not in the group")
             if isinstance(opening, Offer | Read | Rebuild):
@@ -168,9 +177,7 @@ class Protector:
             await peer.receive()
 
     async def _answer(self, peer: Peer[Message], opening: Opening) -> None:
-        if isinstance(opening, Join):
-            await self._lead(peer)
-        elif isinstance(opening, Ask):
+        if isinstance(opening, Ask):
             await peer.send(Kept(self._keeping.seals))
         elif isinstance(opening, Describe):
             kept = self._keeping.find(opening.epoch)
@@ -192,7 +199,9 @@ class Protector:
 
     async def _lead(self, peer: Peer[Message]) -> None:
         if self._leader is None:
-            raise ProtectionError(f"{self._neighbours.name} does not lead its group, or not yet")
+            raise ProtectionError(f"{self._neighbours.name} does not lead, or not yet")
+        if not any(peer.node in group.nodes for group in self._groups):
+            raise ProtectionError(f"{peer.node} is in no group")
         leader = self._leader
         words: asyncio.Queue[FromLeader] = asyncio.Queue()
         follower = leader.join(peer.node, words.put_nowait)
@@ -216,12 +225,13 @@ class Protector:
     # --- coming back --------------------------------------------------------------------------
 
     async def rebuild(self) -> Standing | None:
-        """Bring back what this node kept of the last protected generation; see `progress`.
+        """Bring back what this node kept of protected generations; see `progress`.
 
-        To be called before `start`, with nothing held of it here.
+        That is of all that enough others keep: the newer may lack in other groups, the older may
+        be given up there. To be called before `start`, with nothing held of it here.
 
         Returns:
-            What it is; None if the group kept nothing.
+            The oldest; None if the group kept nothing.
 
         Raises:
             ShardsLostError: More nodes were lost than the parities make up for.
@@ -231,19 +241,27 @@ class Protector:
         """
         for left in reversed(range(_ROUNDS)):
             try:
-                return await self._rebuild()
+                await self._rebuild()
+                break
             except ProtectionError as error:
-                if not left:
+                if not left and not self._keeping.ticks:
                     raise
-                log.warning("the rebuild begins anew: %s", error)
-        raise AssertionError
+                log.warning("the rebuild %s: %s", "begins anew" if left else "ends", error)
+        oldest = min(self._keeping.ticks, default=-1)
+        self._keeping.stand_on(oldest)
+        return self.standing if oldest >= 0 else None
 
-    async def _rebuild(self) -> Standing | None:
-        survivors = await find_survivors(self._fit, self._group, self._neighbours)
-        if survivors is None:
-            return None
-        plan, keeping = survivors.plan, self._keeping
+    async def _rebuild(self) -> None:
+        found = await find_survivors(self._fit, self._group, self._neighbours)
+        missing = [s for s in found if s.plan.generation.epoch not in self._keeping]
         position = self._group.nodes.index(self._neighbours.name)
+        self.progress.done = 0
+        self.progress.total = sum(survivors.plan.kept_by(position) for survivors in missing)
+        for survivors in missing:
+            await self._bring_back(survivors, position)
+
+    async def _bring_back(self, survivors: Survivors, position: int) -> None:
+        plan, keeping = survivors.plan, self._keeping
         generation = plan.generation
         parity = await keeping.parities.take(plan.parity_size(position))
         try:
@@ -264,5 +282,3 @@ class Protector:
             keeping.parities.give_back(parity)
             raise
         keeping.add(fragments)
-        keeping.protect(generation.epoch)
-        return keeping.standing

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,7 +46,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Survivors:
-    """Who is left, and the newest generation that they keep.
+    """Who is left, and a generation that they keep.
 
     Attributes:
         plan: Its layout.
@@ -61,45 +61,54 @@ class Survivors:
     lost: tuple[str, ...]
 
 
-async def find_survivors(fit: int, group: Group, neighbours: Neighbours) -> Survivors | None:
+async def find_survivors(fit: int, group: Group, neighbours: Neighbours) -> list[Survivors]:
     """Ask all of ``group`` what they keep.
 
     Returns:
-        The newest generation that the most have in common; None where nobody keeps any, all
-        having answered.
+        The generations that enough of them keep, the oldest first; none where nobody keeps any,
+        all having answered.
 
     Raises:
         ShardsLostError: Too few keep the same generation.
         ProtectionError: What they say of it cannot be.
     """
-    me = neighbours.name
-    others = [node for node in group.nodes if node != me]
+    others = [node for node in group.nodes if node != neighbours.name]
     answers = dict(
         zip(others, await asyncio.gather(*(_ask(fit, n, neighbours) for n in others)), strict=True)
     )
-    counts = Counter(
-        (epoch, seal) for seals in answers.values() for epoch, seal in (seals or {}).items()
-    )
-    if not counts and all(seals is not None for seals in answers.values()):
-        return None
-    found = max(counts, key=lambda key: (counts[key], key[0]), default=(-1, b""))
-    nodes = tuple(
-        node for node, seals in answers.items() if (seals or {}).get(found[0]) == found[1]
-    )
-    lost = tuple(node for node in group.nodes if node not in nodes)
-    if len(nodes) < group.code.k:
+    keepers: dict[tuple[int, bytes], list[str]] = defaultdict(list)
+    for node, seals in answers.items():
+        for epoch_and_seal in (seals or {}).items():
+            keepers[epoch_and_seal].append(node)
+    if not keepers and all(seals is not None for seals in answers.values()):
+        return []
+    by_number = sorted(keepers.items(), key=lambda kept: len(kept[1]), reverse=True)
+    most: dict[int, tuple[bytes, tuple[str, ...]]] = {}
+    for (epoch, seal), kept_by in by_number:
+        most.setdefault(epoch, (seal, tuple(kept_by)))
+    found = []
+    for epoch, (seal, nodes) in sorted(most.items()):
+        if len(nodes) < group.code.k:
+            continue
+        plan, digests = await _describe(fit, nodes, epoch, seal, neighbours)
+        if plan.group != group:
+            raise ProtectionError(
+                f"epoch {epoch} is of the group {', '.join(plan.group.nodes)} with "
+                f"{plan.group.parities} parities, not of this node's"
+            )
+        found.append(Survivors(plan, digests, nodes, _others(group, nodes)))
+    if not found:
+        lost = _others(group, by_number[0][1] if by_number else ())
         raise ShardsLostError(
             f"{len(lost)} of {len(group.nodes)} nodes have nothing that was protected in this "
             f"group: {', '.join(lost)}; the parities make up for {group.parities}. Resume from a "
             "checkpoint on storage, or start with the nodes and settings of before"
         )
-    plan, digests = await _describe(fit, nodes, *found, neighbours)
-    if plan.group != group:
-        raise ProtectionError(
-            f"epoch {found[0]} is of the group {', '.join(plan.group.nodes)} with "
-            f"{plan.group.parities} parities, not of this node's"
-        )
-    return Survivors(plan, digests, nodes, lost)
+    return found
+
+
+def _others(group: Group, nodes: Collection[str]) -> tuple[str, ...]:
+    return tuple(node for node in group.nodes if node not in nodes)
 
 
 async def _ask(fit: int, node: str, neighbours: Neighbours) -> dict[int, bytes] | None:
@@ -174,11 +183,6 @@ class Rebuilding:
         self._neighbours = neighbours
         self._plan = plan
         self._progress = progress
-        progress.done = 0
-        progress.total = sum(
-            plan.size(stripe, plan.index_of(fragments.position, stripe))
-            for stripe in range(len(plan.group.nodes))
-        )
 
     async def run(self) -> None:
         """Fetch all fragments, each from another survivor. Afterwards they are whole.

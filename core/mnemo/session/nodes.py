@@ -46,8 +46,6 @@ class Protection:
 
     settings: m.ProtectSettings
     group: Group
-    groups: int
-    """How many of them there are."""
 
     @property
     def parity_share(self) -> float:
@@ -56,11 +54,11 @@ class Protection:
         return 2 * parities / (len(self.group.nodes) - parities)
 
     def __str__(self) -> str:
-        nodes, parities = len(self.group.nodes), self.group.parities
+        parities = self.group.parities
+        sizes = " or ".join(map(str, sorted({len(nodes) for nodes in self.settings.groups})))
         many = "one" if parities == 1 else f"any {parities}"
-        if self.groups == 1:
-            return f"{many} of {nodes} nodes"
-        return f"{many} of a group of {nodes} nodes where other groups keep the same snapshot"
+        each = "each group of " if len(self.settings.groups) > 1 else ""
+        return f"{many} of {each}{sizes} nodes"
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,11 @@ def protection_of(config: ResolvedConfig, place: Place, paths: RunPaths) -> Prot
     me = m.node_name(place.node)
     group = grouping.of(me)
     assert group is not None  # there are at least two nodes
-    addresses = {name: (nodes[name].host, nodes[name].port) for name in group.nodes}
-    settings = m.ProtectSettings(me, group.nodes, group.parities, addresses, config.protect.rate)
-    return Protection(settings, group, len(grouping.groups))
+    groups = tuple(each.nodes for each in grouping.groups)
+    reached = {*group.nodes, groups[0][0]}
+    addresses = {name: (nodes[name].host, nodes[name].port) for name in sorted(reached)}
+    settings = m.ProtectSettings(me, groups, group.parities, addresses, config.protect.rate)
+    return Protection(settings, group)
 
 
 def _exchange(config: ResolvedConfig, place: Place, paths: RunPaths) -> dict[str, Node]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from mnemo.clock import Clock
-from mnemo.erasure.stripes import Group
 from mnemo.errors import IntegrityError
 from mnemo.protect import Neighbours
 from mnemo.smp import messages as m
@@ -199,15 +198,15 @@ class Commits:
 
         Until then what is protected stays, also in another group: it may be all that there is.
         """
-        group = Group(settings.group, settings.parities)
 
         def make() -> Protection:
             segments = Segments(self._shelf, self._buffers, self._wake)
             return Protection(fit, settings, neighbours, segments)
 
         known, self.settings = self._protection, settings
-        self._regroup = make if known is not None and known.group != group else None
-        if self._regroup is not None and self.newest is None:
+        is_other = known is not None and _groups(known.settings) != _groups(settings)
+        self._regroup = make if is_other else None
+        if is_other and self.newest is None:
             self._regroup = None
             await self._end_protection()
         if self._protection is None:
@@ -221,9 +220,8 @@ class Commits:
     @property
     def neighbours(self) -> set[str]:
         """Nodes that generations are shared with, or will be."""
-        current = None if self._protection is None else self._protection.group
-        nodes = set(current.nodes if current else ())
-        return nodes.union(self.settings.group if self.settings else ())
+        current = None if self._protection is None else self._protection.settings
+        return {n for settings in (current, self.settings) if settings for n in settings.addresses}
 
     @property
     def parity_memory(self) -> int:
@@ -276,3 +274,8 @@ class Commits:
             "persist": self.persister and self.persister.status(),
             "protect": self._protection and self._protection.status(),
         }
+
+
+def _groups(settings: m.ProtectSettings) -> tuple[tuple[tuple[str, ...], ...], int]:
+    """Who protects whom, and against how many losses."""
+    return settings.groups, settings.parities

@@ -77,16 +77,21 @@ def node_name(number: int) -> str:
 
 
 class ProtectSettings(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Protection over several nodes: who this node is, its group, and where all of them listen."""
+    """Protection over several nodes: who this one is, the groups, and where its group listens."""
 
     node: str
-    group: tuple[str, ...]
-    """Names of all nodes of the group, in an order that is the same everywhere."""
+    groups: tuple[tuple[str, ...], ...]
+    """Names of the nodes of each group, in an order that is the same everywhere."""
     parities: Annotated[int, msgspec.Meta(ge=1, le=255)]
     addresses: dict[str, tuple[str, int]]
-    """Host and port of each node of the group, this one included."""
+    """Host and port of each node of this one's group, itself included, and of the leader of all."""
     bytes_per_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     """Most that this node sends of fragments; None: `mnemo.protect.neighbours.default_rate`."""
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """This node's."""
+        return next((group for group in self.groups if self.node in group), ())
 
 
 class Listen(Message, frozen=True):

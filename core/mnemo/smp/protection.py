@@ -128,18 +128,19 @@ class Protection:
 
         Args:
             fit: Its number.
-            settings: The group.
+            settings: The groups.
             neighbours: How the others are reached.
             segments: What the fit has.
 
         Raises:
-            ProtectionError: This node is not in its group.
+            ProtectionError: This node is in no group.
             CodeError: There is no such group.
         """
-        self.group = Group(settings.group, settings.parities)
+        self.settings = settings
+        groups = [Group(nodes, settings.parities) for nodes in settings.groups]
         self._segments = segments
         self._neighbours = neighbours
-        self._protector = Protector(fit, self.group, neighbours, segments)
+        self._protector = Protector(fit, groups, neighbours, segments)
         self._tasks: set[asyncio.Task[None]] = set()
         self._takes_part = False
         self._recall: asyncio.Task[None] | None = None
