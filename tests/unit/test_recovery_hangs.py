@@ -39,7 +39,7 @@ class Ranks:
                     self.vigil.hear(rank, each, self.now)
         return self.vigil.find(self.now)
 
-    def step(self, seconds: float, first: int, count: int = 3) -> None:
+    def step(self, seconds: float, first: int, count: int = 4) -> None:
         """Steps of that many seconds."""
         for number in range(first, first + count):
             self.answer(seconds, *[works(2 * number, number)] * 4)
@@ -105,6 +105,17 @@ def test_who_answers_nothing_hangs_if_somebody_waits() -> None:
     assert found.ranks == (1,)
 
 
+def test_who_answers_again_has_the_whole_limit() -> None:
+    ranks = Ranks(Vigil(10))
+    ranks.answer(0.5, *[works()] * 4)
+    assert ranks.answer(9.5, waits(), None, waits(), waits()) is None
+    said = waits(), works(), waits(), waits()
+    assert ranks.answer(9.5, *said) is None
+    found = ranks.answer(1, *said)
+    assert found is not None
+    assert found.ranks == (1,)
+
+
 def test_also_two_of_them() -> None:
     ranks = Ranks(Vigil(10))
     ranks.answer(0.5, *[works()] * 4)
@@ -155,9 +166,11 @@ def test_the_limit_follows_from_steps() -> None:
     assert math.isinf(ranks.vigil.limit)
     ranks.step(0.5, 1, 4)
     assert ranks.vigil.limit == 30
-    ranks.step(8, 5)
+    ranks.step(8, 5, 1)
+    assert ranks.vigil.limit == 30  # as one takes in which something else is done, too
+    ranks.step(8, 6, 9)
     assert ranks.vigil.limit == 80
-    ranks.step(1, 8, 30)
+    ranks.step(1, 15, 30)
     assert ranks.vigil.limit == 30  # the slow ones are long ago
 
 

@@ -19,7 +19,7 @@ from mnemo.recovery.control import Ask
 from mnemo.recovery.hangs import Vigil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from mnemo.launcher.worker import Worker
     from mnemo.recovery.control import Channel, Doing
@@ -99,6 +99,7 @@ class Guard:
                 watched = pids
                 self._vigil.begin(channels, self._now())
                 self._efforts.clear()
+                self._answers.clear()
             elif late_s > self._vigil.period_s:  # this process was stopped, or the whole machine
                 self._vigil.slept(late_s)
             if channels:
@@ -144,7 +145,8 @@ class Guard:
         pids = self._pids(channels)
         self._ask(channels, stacks)
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._all_answered(channels), _STACKS_S)
+            some = channels.keys() - self._vigil.silent(self._now())
+            await asyncio.wait_for(self._have_answered(some), _STACKS_S)
         hang = self._vigil.find(self._now())
         if hang is None or self._pids(self._watched()) != pids:
             return
@@ -166,8 +168,8 @@ class Guard:
         )
         self._journal.write("stuck", still_s=round(hang.still_s, 1), stacks=str(stacks))
 
-    async def _all_answered(self, channels: Mapping[int, Channel]) -> None:
-        while not all(map(self._is_answered, channels)):
+    async def _have_answered(self, ranks: Collection[int]) -> None:
+        while not all(map(self._is_answered, ranks)):
             self._heard.clear()
             await self._heard.wait()
 
@@ -210,7 +212,7 @@ class _Effort:
                 self._add(each)
 
     def _add(self, process: psutil.Process) -> None:
-        with suppress(psutil.Error):
+        with suppress(psutil.Error, NotImplementedError):  # a kernel without such counters
             times, moved = process.cpu_times(), process.io_counters()
             self._cpu_s += times.user + times.system
             self._bytes += moved.read_chars + moved.write_chars

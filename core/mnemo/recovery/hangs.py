@@ -5,7 +5,7 @@ messages asked for, collectives ended, the tick of its last boundary. One that m
 the others wait for it: directly, in an operation that it has not asked for, or by way of others.
 One that does not even answer hangs if anybody waits for it.
 
-The limit, where it is not set, follows from what was seen: slow steps, and pauses that ended by
+The limit, where it is not set, follows from what was seen: steps, and pauses that ended by
 themselves, such as a validation or a checkpoint on one rank while the others wait. A rank that is
 seen to *work* meanwhile (it or a child of its uses the processor, reads or writes) gets ten times
 as long, as the first of such pauses may be longer than all before.
@@ -14,6 +14,7 @@ as long, as the first of such pauses may be longer than all before.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _LEAST_LIMIT_S: Final = 30.0
 _STEPS: Final = 10
-"""A limit of so many of the slowest of the last steps."""
+"""A limit of so many of the last steps, by their median: what makes one longer is a pause."""
 _PAUSES: Final = 3
 """A limit of so many of the longest pauses."""
 _MEASURED: Final = 20
@@ -98,12 +99,15 @@ class Vigil:
             return
         before, each.said = each.said, said
         silent_s, each.heard = now - each.heard, now
+        if silent_s > 2 * self.period_s:  # while it was stopped it could not do anything
+            each.since += silent_s
+            each.idle_since += silent_s
         if before is None or _progress(before) == _progress(said):
             return
-        if not _pending(before) and silent_s < self.period_s * 2:
+        if not _pending(before):
             self._pause_s = max(self._pause_s, now - each.since)
         each.since = each.idle_since = now
-        if said.tick > before.tick:
+        if said.tick > before.tick and rank == min(self._ranks):  # the others have the same
             if each.stepped is not None:
                 self._steps.append((now - each.stepped) / max(1, (said.tick - before.tick) // 2))
             each.stepped = now
@@ -129,7 +133,9 @@ class Vigil:
             return self._limit_s
         if len(self._steps) < _FEWEST_STEPS:
             return math.inf
-        least = max(_LEAST_LIMIT_S, _STEPS * max(self._steps), _PAUSES * self._pause_s)
+        least = max(
+            _LEAST_LIMIT_S, _STEPS * statistics.median(self._steps), _PAUSES * self._pause_s
+        )
         ticks = [each.said.tick for each in self._ranks.values() if each.said]
         again = max((self._hung_at[tick] for tick in ticks), default=0)
         return least * float(_PAUSES**again)
@@ -143,10 +149,14 @@ class Vigil:
         """Ranks to be looked at: without progress for half of the limit."""
         return [r for r, each in self._ranks.items() if now - each.since > self.limit / 2]
 
+    def silent(self, now: float) -> list[int]:
+        """Ranks that have answered nothing for the limit."""
+        limit = self.limit
+        return [rank for rank, each in self._ranks.items() if now - each.heard > limit]
+
     def find(self, now: float) -> Hang | None:
         """Whether nothing goes on, and why."""
-        limit = self.limit
-        silent = [rank for rank, each in self._ranks.items() if now - each.heard > limit]
+        limit, silent = self.limit, self.silent(now)
         answering = self._ranks.keys() - set(silent)
         if not answering or any(self._ranks[rank].said is None for rank in answering):
             return None
