@@ -1,11 +1,13 @@
 """What the reconfigurable backend adds to all-reduce and to a step of DDP, over plain gloo.
 
-The order of ranks in sums is kept by the backend and not by gloo. Both run in the same processes,
-in turns.
+The order of ranks in sums is kept by the backend and not by gloo. Results are kept for ranks that
+are replaced, and a step has its boundary and its barrier before the update. Both run in the same
+processes, in turns.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import mnemo.comm  # noqa: F401 - registers the backend
 from benchmarks.harness import Samples, interleaved
 from benchmarks.training import Training
+from mnemo import comm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 BACKENDS = ("gloo", "mnemo")
 SIZES = (1 << 10, 32 << 10, 1 << 20, 16 << 20, 64 << 20)
 BLOCKS, BATCH = 3, 256
+_ticks = itertools.count()
+"""Boundaries."""
 
 
 def run(quick: bool, report: Report) -> None:
@@ -79,9 +83,11 @@ def _with_ranks(ranks: int, quick: bool) -> dict[str, Any]:
 
 def _rank(rank: int, ranks: int, port: int, quick: bool) -> None:
     torch.set_num_threads(1)
+    comm.mode.replaceable = True
     timeout = timedelta(seconds=120)
     store = dist.TCPStore("127.0.0.1", port, None, is_master=False, timeout=timeout)
     dist.init_process_group("mnemo", store=store, rank=rank, world_size=ranks, timeout=timeout)
+    comm.mark(next(_ticks))
     groups = {"gloo": dist.new_group(backend="gloo"), "mnemo": dist.group.WORLD}
     found: dict[str, Any] = {"allreduce": {}}
     for size in SIZES[:3] if quick else SIZES:
@@ -105,7 +111,9 @@ def _reduce(x: torch.Tensor, group: Any) -> Callable[[], float]:
         dist.barrier(group)
         start = time.perf_counter()
         dist.all_reduce(x, group=group)
-        return time.perf_counter() - start
+        taken = time.perf_counter() - start
+        comm.mark(next(_ticks))
+        return taken
 
     return one
 
@@ -114,10 +122,19 @@ def _step(group: Any) -> Callable[[], float]:
     training = Training(blocks=BLOCKS, batch=BATCH)
     training.model = DistributedDataParallel(training.model, process_group=group)
 
+    kept = isinstance(group, comm.Group)
+    tick = next(_ticks)
+    if kept:
+        training.optimizer.register_step_pre_hook(lambda *_: comm.pass_update(tick))
+
     def one() -> float:
+        nonlocal tick
         dist.barrier(group)
         start = time.perf_counter()
         training.step()
+        if kept:
+            tick = next(_ticks)
+            comm.mark(tick)
         return time.perf_counter() - start
 
     return one

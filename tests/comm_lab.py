@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -167,6 +168,18 @@ def _live(program: Program, rank: int, port: int, line: Connection, given: tuple
     line.send(("said", value))
     line.close()
     os._exit(0)  # as a fork of the tests' process it has their threads' locks
+
+
+def wait_for_state(pid: int, state: str) -> None:
+    """Wait until a process is in this state, as /proc/PID/stat names it."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            now = file.read().rpartition(")")[2].split()[0]
+        if now == state:
+            return
+        assert time.monotonic() < deadline, f"it is still {now}"
+        time.sleep(0.005)  # a stopped process announces nothing
 
 
 def _tell_where_it_is() -> None:

@@ -22,12 +22,12 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from mnemo import comm
-from mnemo.comm import collectives, ordered
+from mnemo.comm import collectives, group, ordered
 from mnemo.comm import ddp as comm_ddp
 from mnemo.errors import CommError, GroupBrokenError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
 STEPS = 6
@@ -49,13 +49,13 @@ class Death(NamedTuple):
         tick: Boundary after which.
         place: In the step; or "inner", within an operation.
         after: Inner operations of gloo's that it still does.
-        end: How.
+        end: How; None: it lives, and its links are cut.
     """
 
     tick: int
     place: str
     after: int = 0
-    end: signal.Signals = signal.SIGKILL
+    end: signal.Signals | None = signal.SIGKILL
 
 
 class Outcome(NamedTuple):
@@ -104,7 +104,8 @@ class Training:
         self._ledger = folder / f"rank{rank}"
         self.rank, self.tick, self._passes = rank, 0, 0
         self._losses: list[float] = []
-        self._inner = 0
+        self._inner, self._ended = 0, False
+        self.on_cut: Callable[[], object] = lambda: None
 
     def shared(self) -> list[torch.Tensor]:
         """What all ranks have alike."""
@@ -196,9 +197,19 @@ class Training:
         self._death = None
         if place == "backward":
             first = next(self.model.parameters())  # its gradient is the last one
-            first.register_post_accumulate_grad_hook(lambda _: os.kill(os.getpid(), death.end))
+            first.register_post_accumulate_grad_hook(lambda _: self._end(death))
         else:
+            self._end(death)
+
+    def _end(self, death: Death) -> None:
+        if self._ended:
+            return  # a hook stays
+        self._ended = True
+        if death.end is not None:
             os.kill(os.getpid(), death.end)
+        else:
+            group.groups["0"]._links.cut("the test cut it")
+            self.on_cut()
 
     def _count_inner(self) -> None:
         """End within an operation: when some number of gloo's have been done."""
@@ -209,7 +220,7 @@ class Training:
             if death is not None and self.tick >= death.tick:
                 if self._inner == death.after:
                     self._death = None
-                    os.kill(os.getpid(), death.end)
+                    self._end(death)
                 self._inner += 1
             real(work)
 
@@ -229,6 +240,7 @@ class _Member:
     def __init__(self, talk: comm_lab.Talk, training: Training, store: Any) -> None:
         self._talk, self._training, self._store = talk, training, store
         self.live = threading.Event()
+        training.on_cut = lambda: talk.say("cut")
         threading.Thread(target=self._obey, daemon=True).start()
 
     def _obey(self) -> None:
@@ -330,9 +342,9 @@ class Agent:
         }
         return list(said.values())
 
-    def replace(self, lost: Sequence[int]) -> list[str]:
+    def replace(self, lost: Sequence[int], *, gone: bool = True) -> list[str]:
         """All of it, once they are gone; what became of it on each rank."""
-        for rank in lost:
+        for rank in lost if gone else ():
             self.ranks[rank].join()
         self.hold(lost)
         for rank in lost:

@@ -124,7 +124,7 @@ def test_the_others_go_on_with_the_same_groups(end: signal.Signals) -> None:
     assert len(undisturbed) == 1
     with comm_lab.world() as world:
         *others, lost = world.start_all(_train, 4, 4, 0, end)
-        _wait_for(lost.pid, "Z" if end == signal.SIGKILL else "T")
+        comm_lab.wait_for_state(lost.pid, "Z" if end == signal.SIGKILL else "T")
         for each in others:
             each.tell("lost")
         assert [each.hear() for each in others] == [LOST_AT] * 3
@@ -136,17 +136,6 @@ def test_the_others_go_on_with_the_same_groups(end: signal.Signals) -> None:
         slowest = max(unblocked for _, unblocked in results)
         print(f"the last one went on {1000 * slowest:.1f} ms after it was told")
         assert slowest < UNBLOCKED_WITHIN_S
-
-
-def _wait_for(pid: int, state: str) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
-            now = file.read().rpartition(")")[2].split()[0]
-        if now == state:
-            return
-        assert time.monotonic() < deadline, f"it is still {now}"
-        time.sleep(0.005)  # a stopped process announces nothing
 
 
 def _reduce_after(rank: int, port: int, talk: comm_lab.Talk, size: int) -> Any:
@@ -181,7 +170,7 @@ def _reduce_after(rank: int, port: int, talk: comm_lab.Talk, size: int) -> Any:
 def test_a_stopped_rank_that_goes_on_overwrites_nothing() -> None:
     with comm_lab.world() as world:
         *others, stopped = world.start_all(_reduce_after, 3, 3)
-        _wait_for(stopped.pid, "T")
+        comm_lab.wait_for_state(stopped.pid, "T")
         for each in others:
             each.tell("stopped")
         assert [each.hear() for each in others] == ["unblocked"] * 2

@@ -117,3 +117,30 @@ def test_killed_within_any_operation(size: int, tmp_path: Path, seed: int) -> No
             else:
                 assert len(set(said)) == 1
                 assert "has begun the update" in said[0]
+
+
+@pytest.mark.parametrize("place", ["forward", "backward", "validation"])
+def test_a_cut_link_costs_nobody_anything(place: str, tmp_path: Path) -> None:
+    size = 3
+    expected = replay_lab.undisturbed(size, tmp_path)
+    with comm_lab.world() as world:
+        agent = Agent(world, size, tmp_path, deaths={1: Death(3, place, end=None)})
+        assert agent.ranks[1].hear() == "cut"
+        agent.epoch = 1
+        agent.join()
+        assert agent.answers() == ["back"] * size
+        found = agent.results()
+        replay_lab.same(found, expected)
+        assert [each.passes for each in found] == [each.passes for each in expected]
+
+
+def test_a_stopped_rank_that_goes_on_touches_nothing(tmp_path: Path) -> None:
+    size = 3
+    expected = replay_lab.undisturbed(size, tmp_path)
+    with comm_lab.world() as world:
+        agent = Agent(world, size, tmp_path, deaths={1: Death(3, "backward", end=signal.SIGSTOP)})
+        stopped = agent.ranks[1]
+        comm_lab.wait_for_state(stopped.pid, "T")
+        assert agent.replace([1], gone=False) == ["back"] * size
+        stopped.signal(signal.SIGCONT)
+        replay_lab.same(agent.results(), expected)

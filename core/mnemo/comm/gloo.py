@@ -89,7 +89,7 @@ class GlooLinks:
         options = ProcessGroupGloo._Options()
         options._devices = [device]
         options._timeout = timeout
-        options._threads = 1
+        options._threads = 2  # with one, its loop spins: ten times the processor time
         self._theirs: dict[int, sockets.Address] = {}
         self._gloo: Gloo | None = ProcessGroupGloo(store, rank, size, options)
         store.set(f"listens/{rank}", json.dumps(self._mine))

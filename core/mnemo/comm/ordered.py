@@ -3,8 +3,8 @@
 gloo's ring adds the ranks' numbers in an order that depends on the place in the tensor, so a
 changed bucket layout changes the last bits. Here each number is reduced in the order of ranks,
 wherever it lies: every rank gets one part of the tensor from all others, reduces it, and gives it
-back. That moves the ring's bytes. Two ranks give each other all. For whole numbers gloo's own is
-used.
+back. That moves the ring's bytes. Two ranks give each other all, which does, too. For whole numbers
+gloo's own is used.
 """
 
 from __future__ import annotations
@@ -28,6 +28,17 @@ if TYPE_CHECKING:
     from mnemo.comm.c10d import Gloo
 
     Pairwise = Callable[..., torch.Tensor]
+
+_GLOO_HAS = {
+    ReduceOp.SUM: ReduceOp.SUM,
+    ReduceOp.AVG: ReduceOp.SUM,
+    ReduceOp.PRODUCT: ReduceOp.PRODUCT,
+}
+"""For two ranks, as these commute."""
+
+COPIED_BYTES = 2 << 20
+"""Up to here, two ranks copy what has to stay as it is and use gloo's; beyond, they exchange pieces
+of this size and add each when it has come."""
 
 SMALL_BYTES = 32 << 10
 """Up to here, all give all everything: one round instead of two."""
@@ -84,15 +95,23 @@ def allreduce(
         if mean:  # gloo has none of whole numbers
             target.copy_(target / gloo.size())
         return
-    kind = kind_of(op)
-    if gloo.size() == 2:
-        _allreduce_of_two(gloo, flat, target, kind, scratch)
-    elif flat.nbytes <= SMALL_BYTES:
+    kind = ReduceOp.RedOpType(kind_of(op))
+    two = gloo.size() == 2
+    if two and kind in _GLOO_HAS and (target is flat or flat.nbytes <= COPIED_BYTES):
+        if target is not flat:
+            target.copy_(flat)
+        options = AllreduceOptions()
+        options.reduceOp = _GLOO_HAS[kind]
+        ended(gloo.allreduce([target], options))
+        if kind == ReduceOp.AVG:
+            target.div_(2)
+    elif flat.nbytes > SMALL_BYTES:
+        in_turns = _allreduce_of_two if two else _allreduce_in_parts
+        in_turns(gloo, flat, target, kind, scratch)
+    else:
         everything = scratch.like(flat, gloo.size() * flat.numel())
         ended(gloo._allgather_base(everything, flat, AllgatherOptions()))
-        target.copy_(_reduced(everything.view(gloo.size(), -1), kind))
-    else:
-        _allreduce_in_parts(gloo, flat, target, kind, scratch)
+        _reduce_rows(everything.view(gloo.size(), -1), kind, target)
 
 
 def _allreduce_of_two(
@@ -100,14 +119,17 @@ def _allreduce_of_two(
 ) -> None:
     """Each gives the other all: the bytes of a ring of two, in one round."""
     received = scratch.like(flat, flat.numel()) if target is flat else target
-    other = 1 - gloo.rank()
-    works = [begun(gloo.recv, [received], other, _TAG), begun(gloo.send, [flat], other, _TAG)]
-    for each in works:
-        ended(each)
-    first, second = (received, flat) if other == 0 else (flat, received)
-    _PAIRWISE[ReduceOp.RedOpType(kind)](first, second, out=target)
-    if kind == ReduceOp.AVG:
-        target.div_(2)
+    other, numbers = 1 - gloo.rank(), COPIED_BYTES // flat.element_size()
+    parts = [torch.split(each, numbers) for each in (received, flat, target)]
+    coming = [begun(gloo.recv, [each], other, _TAG) for each in parts[0]]
+    going = [begun(gloo.send, [each], other, _TAG) for each in parts[1]]
+    pairwise = _PAIRWISE[kind]
+    for theirs, mine, into, came, sent in zip(*parts, coming, going, strict=True):
+        ended(came)
+        ended(sent)
+        pairwise(*((theirs, mine) if other == 0 else (mine, theirs)), out=into)
+        if kind == ReduceOp.AVG:
+            into.div_(2)
 
 
 def _allreduce_in_parts(
@@ -119,13 +141,12 @@ def _allreduce_in_parts(
     mine = parts[gloo.rank()]
     received = scratch.like(flat, size * mine)
     ended(gloo.alltoall_base(received, flat, [mine] * size, parts, AllToAllOptions()))
-    reduced = _reduced(received.view(size, mine), kind)
     # By messages, straight into place: gloo's all-gather of this size makes and copies another.
     me, segments = gloo.rank(), torch.split(target, parts)
-    segments[me].copy_(reduced)
+    _reduce_rows(received.view(size, mine), kind, segments[me])
     others = [(me + each) % size for each in range(1, size)]
     works = [begun(gloo.recv, [segments[each]], each, _TAG) for each in others]
-    works += [begun(gloo.send, [reduced], each, _TAG) for each in others]
+    works += [begun(gloo.send, [segments[me]], each, _TAG) for each in others]
     for each in works:
         ended(each)
 
@@ -136,7 +157,8 @@ def reduce_scatter(
     """Reduce each part, as long as ``output``, for the rank of its place."""
     received = scratch.like(output, parts.numel())
     ended(gloo.alltoall_base(received, parts.view(-1), [], [], AllToAllOptions()))
-    output.copy_(_reduced(received.view(gloo.size(), -1), kind_of(op)).view_as(output))
+    rows = received.view(gloo.size(), -1)
+    output.copy_(_reduce_rows(rows, kind_of(op), rows[0]).view_as(output))
 
 
 def reduce(gloo: Gloo, tensor: torch.Tensor, op: Any, root: int) -> None:
@@ -148,18 +170,18 @@ def reduce(gloo: Gloo, tensor: torch.Tensor, op: Any, root: int) -> None:
         return
     gathered = tensor.new_empty((gloo.size(), *tensor.shape))
     ended(gloo.gather([list(gathered)], [tensor], options))
-    tensor.copy_(_reduced(gathered, kind_of(op)))
+    _reduce_rows(gathered, kind_of(op), tensor)
 
 
-def _reduced(rows: torch.Tensor, kind: Any) -> torch.Tensor:
-    """Reduce to the first row, in place."""
+def _reduce_rows(rows: torch.Tensor, kind: Any, into: torch.Tensor) -> torch.Tensor:
+    """Reduce in the order of rows, at least two of them."""
     pairwise = _PAIRWISE[ReduceOp.RedOpType(kind)]
-    total = rows[0]
-    for row in rows[1:]:
-        pairwise(total, row, out=total)
+    pairwise(rows[0], rows[1], out=into)
+    for row in rows[2:]:
+        pairwise(into, row, out=into)
     if kind == ReduceOp.AVG:
-        total.div_(len(rows))
-    return total
+        into.div_(len(rows))
+    return into
 
 
 def flattened(tensor: torch.Tensor) -> torch.Tensor:
