@@ -74,9 +74,9 @@ class Rank:
         return value
 
     def join(self) -> None:
-        """Wait for its end, whatever it is."""
+        """Wait until it has killed itself."""
         self._process.join(PATIENCE_S)
-        assert self._process.exitcode is not None, "it has not ended"
+        assert self._process.exitcode == -signal.SIGKILL, self._process.exitcode
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal; after SIGKILL it is gone."""

@@ -14,8 +14,8 @@ from replay_lab import STEPS, Agent, Death
 if TYPE_CHECKING:
     from pathlib import Path
 
-INNER = 60
-"""Inner operations of a step or two."""
+INNER = 25
+"""Inner operations of a step or two, each of which a rank may not survive."""
 PLACES = ("loading", "forward", "backward", "before the update", "boundary", "validation")
 
 
