@@ -31,7 +31,7 @@ def _mesh_of_four(rank: int, port: int, talk: comm_lab.Talk, epoch: int, torn: b
             talk.hear()
             comm.mark_broken({3}, "rank 3 is gone")
             if torn and rank == 0:  # it went on further than rank 2
-                dist.all_reduce(torch.ones(1), group=mine[0, 2], async_op=True)
+                ahead = dist.all_reduce(torch.ones(1), group=mine[0, 2], async_op=True)
             talk.hear()
             members[3] = 1
         changes = comm.reconfigure(1, members, store)
@@ -45,6 +45,9 @@ def _mesh_of_four(rank: int, port: int, talk: comm_lab.Talk, epoch: int, torn: b
         comm.check()
         if epoch:
             return None
+        if torn and rank == 0:
+            with pytest.raises(GroupBrokenError):  # and not done over the new links
+                ahead.wait()
         return {
             each: (pair.key in changes.rebuilt, after[pair.key] == before[pair.key])
             for each, pair in mine.items()

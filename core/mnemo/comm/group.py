@@ -252,6 +252,7 @@ class Group(Collectives, Messages, ProcessGroup):
         operation.recorded = startup.recorded()
         with self._changed:
             operation.index, self.asked = self.asked, self.asked + 1
+            operation.links = self._links
             if not operation.kept:
                 self.unkept = operation.index
             self._line.put(work)
@@ -277,6 +278,9 @@ class Group(Collectives, Messages, ProcessGroup):
             with torch.inference_mode():
                 while not self._answered(operation):
                     links = self.live()
+                    if self.kept is None and links is not operation.links:
+                        why = "its communicator was replaced meanwhile"
+                        raise GroupBrokenError(self.label, why)
                     if self._answered(operation):
                         break  # results came with these links
                     try:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mnemo.comm.c10d import Gloo
+    from mnemo.comm.gloo import GlooLinks
 
     Job = Callable[[Gloo, list[torch.Tensor]], list[Any] | None]
 
@@ -35,6 +36,7 @@ class Operation:
         alone: What it does in a rank that is alone, with nothing recorded.
         recorded: It belongs to the record of the start.
         index: Its place.
+        links: The communicator at that time. Where no results are kept it ends with it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Operation:
     alone: Callable[[], object] = field(default=nothing)
     recorded: bool = True
     index: int = -1
+    links: GlooLinks | None = None
 
     @property
     def signature(self) -> str:
