@@ -183,7 +183,7 @@ def test_another_secret_is_named_and_training_goes_on(
 def test_each_pair_of_a_group_that_cannot_reach_each_other_is_named(
     cluster: Callable[..., Cluster], other_secret: str
 ) -> None:
-    """The groups are of nodes 0, 2, 4 and of 1, 3, which have nothing to say to each other."""
+    """The groups are of nodes 0, 2, 4 and of 1, 3: of the other one, node 0 alone is wanted."""
     made = cluster(5, MNEMO_PROTECT__NODES="1+1")
     made.own[4] = {"MNEMO_SECRET_FILE": other_secret}
     said = made.run()
