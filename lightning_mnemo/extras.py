@@ -17,7 +17,7 @@ from mnemo.session.attributes import AttributeWatch
 from mnemo.session.keeper import Keeper
 from mnemo.session.modules import Modules
 from mnemo.session.replacing import Replicas
-from mnemo.session.unsaved import Unsaved
+from mnemo.session.unsaved import Unsaved, restore_wrapper, wrapper_state
 from mnemo.snapshot.listing import tensors_of
 
 _LIGHTNINGS = {
@@ -61,6 +61,10 @@ class Extras:
         self._unsaved = Unsaved(self._module)
         self._attributes.begin(list(self._module.named_modules()))
         self._made = self._settings()
+
+    def _wrapped(self) -> torch.nn.Module:
+        model: torch.nn.Module = self._trainer.strategy.model
+        return model
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self._trainer, name) for name in _SETTINGS}
@@ -115,6 +119,7 @@ class Extras:
         """
         return {
             "unsaved": self._unsaved.state(modules),
+            "wrapper": wrapper_state(self._wrapped()),
             "attributes": self._attributes.look(modules, warn=not self._keeps_own),
             "gradients": self.waiting(),
             "should_stop": self._trainer.should_stop,
@@ -129,6 +134,7 @@ class Extras:
         """
         trainer = self._trainer
         self._unsaved.restore(state["unsaved"])
+        restore_wrapper(self._wrapped(), state["wrapper"])
         for number, gradients in state["gradients"].items():
             optimizer = trainer.optimizers[number]
             parameters = [p for g in optimizer.param_groups for p in g["params"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -41,21 +42,32 @@ class Outputs:
         return {
             "loggers": [s and {"kind": type(s).__name__, **s.state()} for s in self._loggers],
             "checkpoints": [
-                {name: getattr(callback, name, None) for name in _UNSAVED}
+                {
+                    "directory": callback.dirpath,
+                    **{name: getattr(callback, name, None) for name in _UNSAVED},
+                }
                 for callback in self._checkpoints()
             ],
         }
 
-    def adopt(self, saved: dict[str, Any]) -> None:
-        """Continue those of the interrupted life; callbacks were set up, but not restored."""
+    def adopt(self, saved: dict[str, Any], *, joins: bool) -> None:
+        """Continue those of the interrupted life; callbacks were set up, but not restored.
+
+        Args:
+            saved: What `state` gave.
+            joins: This process takes a lost rank's place: nobody else is asked for directories.
+        """
         writes = self._trainer.is_global_zero
         for logger, state in zip(self._loggers, saved["loggers"], strict=False):
             if logger is not None and state and state["kind"] == type(logger).__name__:
                 logger.adopt(state, writes=writes)
         for callback, directory in zip(self._checkpoints(), self._directories, strict=True):
             callback.dirpath = directory
-            callback.setup(self._trainer, self._trainer.lightning_module, "fit")
+            if not joins:
+                callback.setup(self._trainer, self._trainer.lightning_module, "fit")
         for callback, state in zip(self._checkpoints(), saved["checkpoints"], strict=False):
+            if joins:
+                callback.dirpath = state["directory"]
             vars(callback).update({k: v for k, v in state.items() if hasattr(callback, k)})
             self._overwrite_repeated(callback)
 
@@ -95,10 +107,15 @@ class Outputs:
             nonlocal earlier
             if earlier is None:  # by now the callback knows its directory
                 earlier = {str(p) for p in Path(callback.dirpath or "").glob("*.ckpt")}
-            exists = callback._fs.exists(filepath) and str(filepath) not in earlier
+            files = callback._fs
+            exists = files.exists(filepath) and str(filepath) not in earlier
             earlier.discard(str(filepath))
-            # As the callback's own does: a rank that takes another's place asks for the same.
-            return bool(trainer.strategy.broadcast(exists))
+            # The callback's own asks the others: a rank in another's place does as they do.
+            callback._fs = SimpleNamespace(exists=lambda _: exists)  # type: ignore[assignment]
+            try:
+                return type(callback).file_exists(callback, filepath, trainer)
+            finally:
+                callback._fs = files
 
         callback.file_exists = file_exists  # type: ignore[method-assign]
         self._patched.append(callback)

@@ -166,7 +166,8 @@ class Resume:
             ["checkpoint.state_dict."],
             flexible_names(trainer.lightning_module),
         )
-        self.outputs.adopt(restored.state["outputs"])
+        with self._keeper.not_repeated():
+            self.outputs.adopt(restored.state["outputs"], joins=self._keeper.joins)
         checkpoint = loops.without_loader_states(restored.state["checkpoint"])
         if loops.finished_progress(trainer, checkpoint):
             checkpoint["loops"] = loops.before_the_end(checkpoint["loops"])

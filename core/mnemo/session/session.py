@@ -31,7 +31,7 @@ from mnemo.session.passes import LoaderPosition
 from mnemo.session.place import current_place, next_fit, shared_identity
 from mnemo.session.replacing import Replicas
 from mnemo.session.stop import leave, on_sigterm
-from mnemo.session.unsaved import Unsaved
+from mnemo.session.unsaved import Unsaved, restore_wrapper, wrapper_state
 from mnemo.smp.board import Position
 from mnemo.snapshot.listing import (
     MODULE_PARTS,
@@ -265,6 +265,7 @@ class Session:
         state: dict[str, Any] = {
             "model": module_state(self._model),
             "unsaved": self._unsaved.state(modules),
+            "wrapper": wrapper_state(self._model),
             "attributes": self._attributes.look(modules),
             "optimizer": optimizer_state(self._optimizer),
             "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
@@ -287,6 +288,7 @@ class Session:
 
     def _load(self, state: dict[str, Any]) -> None:
         self._unsaved.restore(state["unsaved"])
+        restore_wrapper(self._model, state["wrapper"])
         try:
             restore_optimizer(self._optimizer, state["optimizer"])
         except (KeyError, ValueError, TypeError) as error:

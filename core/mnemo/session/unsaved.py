@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -84,6 +84,22 @@ class Unsaved:
             path, _, name = where.rpartition(".")
             if path in owners and name in vars(owners[path]):
                 setattr(owners[path], name, value)
+
+
+_SYNCS: Final = "require_forward_param_sync"
+
+
+def wrapper_state(model: torch.nn.Module) -> dict[str, Any]:
+    """What DDP is about to do: not broadcast buffers, if its last forward was no step's.
+
+    A new process that takes a lost rank's place has to ask for what the others ask for.
+    """
+    return {name: value for name, value in vars(model).items() if name == _SYNCS}
+
+
+def restore_wrapper(model: torch.nn.Module, state: dict[str, Any]) -> None:
+    """The inverse of `wrapper_state`."""
+    vars(model).update(state)
 
 
 def _buffers(modules: Modules) -> Iterator[tuple[str, torch.Tensor]]:
