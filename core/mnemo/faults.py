@@ -35,12 +35,13 @@ ENV: Final = "MNEMO_FAULTS"
 PHASES: Final = ("loading", "forward", "backward", "update", "mid_copy", "validation", "between")
 """The named phases of training that a campaign has to hit."""
 
-Kind = Literal["sigkill", "sigstop", "sigterm", "hang", "exception", "exit0", "smp_kill"]
+Kind = Literal["sigkill", "sigstop", "sigterm", "hang", "exception", "exit0", "smp_kill", "stop"]
 _SIGNALS: Final[Mapping[str, signal.Signals]] = {
     "sigkill": signal.SIGKILL,
     "sigstop": signal.SIGSTOP,
     "sigterm": signal.SIGTERM,
     "smp_kill": signal.SIGKILL,
+    "stop": signal.SIGTERM,
 }
 _POSITION_BYTES: Final = 64
 
@@ -67,8 +68,9 @@ class Fault(msgspec.Struct, frozen=True):
     """One thing that goes wrong, once.
 
     Attributes:
-        kind: ``smp_kill`` kills the rank's snapshot process; the others hit the rank itself.
-            ``hang`` has the thread that comes to the hook wait for ever.
+        kind: ``smp_kill`` kills the rank's snapshot process, ``stop`` is a SIGTERM to who started
+            the rank; the others hit the rank itself. ``hang`` has the thread that comes to the hook
+            wait for ever.
         rank: Global rank.
         at: A hook, or the seconds after which the parent lets it happen by `Declaration.strike`.
     """
@@ -164,7 +166,8 @@ class Declaration(msgspec.Struct, frozen=True):
         The process is frozen first, so that the phase recorded is the one it dies in.
 
         Args:
-            pid: The rank's process, or its snapshot process for ``smp_kill``.
+            pid: The rank's process; its snapshot process for ``smp_kill``, or that which started it
+                for ``stop``.
             fault: One of the declared faults that has not happened yet.
 
         Raises:
@@ -186,7 +189,7 @@ class Declaration(msgspec.Struct, frozen=True):
             os.kill(pid, signal.SIGCONT)
             raise
         os.kill(pid, _SIGNALS[fault.kind])
-        if fault.kind == "sigterm":
+        if fault.kind in ("sigterm", "stop"):
             os.kill(pid, signal.SIGCONT)
         return fired
 
@@ -247,12 +250,17 @@ class _Armed:
             index, fault, hook = entry
             if not hook.covers(phase, step):
                 continue
-            pid = self.smp_pid if fault.kind == "smp_kill" else os.getpid()
+            pid = self._victim(fault.kind)
             if pid is None:  # told later, by `identify`: then it happens at the next chance
                 continue
             self._pending.remove(entry)
             self.declared._note(index, pid, phase, step)
             _act(fault, pid)
+
+    def _victim(self, kind: Kind) -> int | None:
+        if kind == "smp_kill":
+            return self.smp_pid
+        return os.getppid() if kind == "stop" else os.getpid()
 
     def close(self) -> None:
         if self._position is not None:

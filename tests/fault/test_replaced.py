@@ -126,13 +126,6 @@ def _struck(tmp_path: Path, *places: str, ranks: int = 2) -> str:
     return said
 
 
-def test_a_fit_killed_in_backward(tmp_path: Path) -> None:
-    """Rank 0, which hosts nothing that the others need."""
-    said = _struck(tmp_path, "backward:6:0")
-    assert said.count(_REPLACED) == 1
-    assert "ranks restart" not in said
-
-
 @pytest.mark.campaign
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [2, 3])

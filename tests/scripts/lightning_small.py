@@ -1,8 +1,11 @@
 """A Lightning run with everything that makes an exact resume hard, small enough to be killed often.
 
 BatchNorm, dropout, gradient accumulation, a per-step scheduler, torchmetrics, epoch averages,
-validation in mid-epoch. Every batch's loss goes to ``losses-<rank>.jsonl``; the end state to
-``final-<rank>.json``.
+validation in mid-epoch, checkpoints. Every batch's loss goes to ``losses-<rank>.jsonl``; the end
+state to ``final-<rank>.json``.
+
+Phases that only a script knows: ``buckets`` (some gradients are being reduced, others are not
+there yet), ``reduced``, ``updating`` (some parameters are updated), ``scheduler`` and ``saving``.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from lightning_mnemo import MnemoCallback
+from lightning_mnemo import MnemoCallback, MnemoDDPStrategy
+from mnemo import faults
 
 
 class Net(pl.LightningModule):
@@ -33,10 +39,17 @@ class Net(pl.LightningModule):
             nn.Dropout(0.2),
             nn.Linear(width, 1),
         )
+        # Gradients of the last layer are on their way by then, those of the first are not.
+        self.net[1].weight.register_hook(lambda grad: self.reach("buckets"))
         self.running = MeanMetric()
+
+    def reach(self, phase):
+        if self.reduces:
+            faults.reach(phase)
 
     def training_step(self, batch, batch_idx):
         x, y = batch
+        self.reduces = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         loss = ((self.net(x) - y) ** 2).mean()
         self.running.update(loss.detach())
         self.log("loss", loss, on_step=True, on_epoch=True)
@@ -52,6 +65,13 @@ class Net(pl.LightningModule):
             file.write(json.dumps(row) + "\n")
         return loss
 
+    def on_after_backward(self):
+        self.reach("reduced")
+
+    def lr_scheduler_step(self, scheduler, metric):
+        faults.reach("scheduler")
+        super().lr_scheduler_step(scheduler, metric)
+
     def validation_step(self, batch, batch_idx):
         x, y = batch
         self.log("val_loss", ((self.net(x) - y) ** 2).mean(), sync_dist=True)
@@ -62,9 +82,33 @@ class Net(pl.LightningModule):
             file.write(json.dumps({"epoch": self.current_epoch, **metrics}) + "\n")
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        first, *others = self.net.children()
+        groups = [{"params": first.parameters()}, {"params": nn.ModuleList(others).parameters()}]
+        optimizer = AdamW(groups, lr=1e-3)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.8)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class AdamW(torch.optim.AdamW):
+    def _init_group(self, group, *lists):
+        if group is self.param_groups[-1]:
+            faults.reach("updating")
+        return super()._init_group(group, *lists)
+
+
+class Checkpoints(ModelCheckpoint):
+    def _save_checkpoint(self, trainer, filepath):
+        if not trainer.is_global_zero:  # it waits for rank 0
+            faults.reach("saving")
+        super()._save_checkpoint(trainer, filepath)
+
+
+class Files(TorchCheckpointIO):
+    """Of rank 0."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        faults.reach("saving")  # whether it is there is asked by others, who have been answered
+        super().save_checkpoint(checkpoint, path, storage_options)
 
 
 def main() -> None:
@@ -79,6 +123,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=320)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--save-every", type=int, default=0, help="steps; 0 for never")
     parser.add_argument("--strategy", default="ddp")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -90,20 +135,28 @@ def main() -> None:
     train = DataLoader(data, batch_size=8, shuffle=True, num_workers=args.workers)
     val = DataLoader(TensorDataset(*data[:64]), batch_size=16)
     sections = {"snapshot": {"every": args.every}, **args.settings}
+    callbacks: list[pl.Callback] = [MnemoCallback(**sections)]
+    if args.save_every:
+        every = {"every_n_train_steps": args.save_every, "save_top_k": 1, "save_last": True}
+        callbacks.append(Checkpoints(args.out / "checkpoints", **every))
+    strategy = args.strategy
+    if strategy == "mnemo_ddp":
+        strategy = MnemoDDPStrategy(bucket_cap_mb=0.01)  # one bucket each
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=args.ranks,
-        strategy=args.strategy if args.ranks > 1 else "auto",
+        strategy=strategy if args.ranks > 1 else "auto",
+        plugins=[Files()] if args.save_every else [],
         max_epochs=args.epochs if args.max_steps < 0 else None,
         max_steps=args.max_steps,
         accumulate_grad_batches=args.accumulate,
         val_check_interval=0.5,
         num_sanity_val_steps=1,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=bool(args.save_every),
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[MnemoCallback(**sections)],
+        callbacks=callbacks,
     )
     model = Net(args.out, args.width)
     trainer.fit(model, train, val)

@@ -126,7 +126,7 @@ class Replacing:
         if self._hosting:
             self._hosting.add_done_callback(lambda _: changed())
         environ = {**rank_environ(options, os.environ, seat, 0), **self._variables(None)}
-        self._reserve = Reserve(options, environ, life.log_dir, say)
+        self._reserve = Reserve(options, environ, life.log_dir, journal=journal, say=say)
         self._guard = Guard(
             options.hang_limit_s,
             life.log_dir,
@@ -395,6 +395,7 @@ class Replacing:
             kinds=[failure.kind for failure in failures],
             noticed=at,
             by=loss.by,
+            lost_pids=[worker.pid for worker, _, _ in loss.dead],
             worker_pids=new,
             sources=sorted(sources, key=str),
             tick=max(said.tick for said in loss.back.values()),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mnemo.launcher.options import LaunchOptions
+    from mnemo.recovery.journal import Journal
 
 _MOST_DEATHS: Final = 3
 """So many of a life's standbys may end by themselves."""
@@ -135,6 +136,7 @@ class Reserve:
         options: The launch; says how many.
         environ: As of a rank.
         log_dir: Gets their file, ``standby.log``.
+        journal: Told of each that ends by itself.
         say: Tells people.
     """
 
@@ -143,9 +145,12 @@ class Reserve:
         options: LaunchOptions,
         environ: Mapping[str, str],
         log_dir: Path,
+        *,
+        journal: Journal,
         say: Callable[[str], None],
     ) -> None:
         self._wanted = options.standbys
+        self._journal = journal
         self._say = say
         shared = {k: v for k, v in environ.items() if k not in RANKS_OWN}
         self._make = partial(
@@ -213,7 +218,9 @@ class Reserve:
     def _died(self, standby: Standby) -> None:
         self._deaths += 1
         assert standby.code is not None
-        ended = f"a standby {in_words(standby.code)}"
+        words = in_words(standby.code)
+        self._journal.write("standby", standby_pid=standby.pid, cause=words)
+        ended = f"a standby {words}"
         if self._deaths >= _MOST_DEATHS:
             self._give_up(f"{ended}, the {self._deaths}rd one of this life")
             return

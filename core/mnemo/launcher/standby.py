@@ -223,6 +223,7 @@ def main() -> None:
         full_speed(os.getpid())
     memory = psutil.Process().memory_full_info().uss
     agent.send(msgspec.json.encode(Warm(memory, rest)))
+    faults.reach("standby")
     data, fds, _, _ = socket.recv_fds(agent, _MOST_BYTES, 2)
     agent.detach()  # the rank's from here on
     if data:

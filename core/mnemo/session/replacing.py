@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mnemo import comm
+from mnemo import comm, faults
 from mnemo.comm import ddp
 from mnemo.comm.c10d import PrefixStore
 from mnemo.errors import GroupBrokenError, IntegrityError, MnemoError, ReplayError
@@ -219,6 +219,7 @@ class Replacing:
             lost = self._lost
             assert self._page is not None
             assert lost is not None
+            faults.reach("joining", step=self._page.step)
             ddp.adopt(self._model, self._page.layout)
             while True:
                 with contextlib.suppress(GroupBrokenError):
@@ -311,6 +312,7 @@ class Replacing:
                 lost = self._next()
             except ReplayError:
                 return
+            faults.reach("replacing")
             try:
                 self._go_on(lost)
             except GroupBrokenError as error:
