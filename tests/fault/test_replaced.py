@@ -10,7 +10,7 @@ import campaign
 import pytest
 from launching import Result, launch
 
-from mnemo.faults import Declaration, Fault, Hook
+from mnemo.faults import Declaration, Fault, Hook, Kind
 
 SESSION = Path(__file__).parents[1] / "scripts" / "session_replaced.py"
 FORWARDS = 30
@@ -111,19 +111,26 @@ def test_what_cannot_be_replaced_starts_again_from_memory(tmp_path: Path) -> Non
 _STRATEGY = "--strategy=mnemo_ddp"
 
 
-def _struck(tmp_path: Path, *places: str, ranks: int = 2) -> str:
+def _struck(tmp_path: Path, *places: str, ranks: int = 2, kind: Kind = "sigkill") -> str:
     """A fit that is killed at each of ``phase:step:rank``, and ends as one that is not."""
     calm, struck = tmp_path / "calm", tmp_path / "struck"
     campaign.train(calm, None, _STRATEGY, ranks=ranks)
     faults = []
     for place in places:
         phase, step, rank = place.split(":")
-        faults.append(Fault("sigkill", int(rank), Hook(phase, int(step))))
+        faults.append(Fault(kind, int(rank), Hook(phase, int(step))))
     declared = Declaration(tuple(faults), record=str(tmp_path / "fired"))
     said = campaign.train(struck, declared, _STRATEGY, ranks=ranks)
     declared.assert_fired()
     campaign.assert_same(calm, struck, ranks)
     return said
+
+
+@pytest.mark.campaign
+def test_a_fit_with_exceptions(tmp_path: Path) -> None:
+    said = _struck(tmp_path, "backward:6:1", "forward:9:0", "between:12:1", kind="exception")
+    assert said.count(_REPLACED) == 3
+    assert "ranks restart" not in said
 
 
 @pytest.mark.campaign

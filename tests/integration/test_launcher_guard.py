@@ -93,6 +93,56 @@ def test_off(tmp_path: Path) -> None:
     assert not any("asked" in line for line in run.seen)
 
 
+LEAVES = """
+    def leave(number, frame):
+        channel.tell(Replaceable(False, "its training is over", left=True))
+        say("left", rank)
+        if number == signal.SIGUSR1:
+            raise RuntimeError("of its own")
+    signal.signal(signal.SIGUSR1, leave)
+    signal.signal(signal.SIGUSR2, leave)
+"""
+
+
+def test_who_leaves_its_training_and_fails_is_replaced(tmp_path: Path) -> None:
+    with job(write(tmp_path, before=LEAVES), cwd=tmp_path, ranks=2) as run:
+        run.ready(0, 1)
+        run.warm()
+        os.kill(run.pids[1], signal.SIGUSR1)
+        said = run.until(REPLACED)[0]
+        assert "rank 1 exited with code 1 (RuntimeError: of its own) → standby" in said
+        assert run.stop() == 75
+
+
+def test_who_fails_as_soon_as_it_is_back_is_replaced_again(tmp_path: Path) -> None:
+    """Though another one may not be back by then."""
+    waits = "rank or [time.sleep(0.01) for _ in iter(lambda: os.path.exists('go'), True)]"
+    with job(write(tmp_path, before=LEAVES, then=waits), cwd=tmp_path, ranks=2) as run:
+        run.ready(0, 1)
+        run.warm()
+        run.kill(1)
+        run.until("back 1 1")
+        os.kill(run.pids[1], signal.SIGUSR2)
+        run.until("left 1")
+        (tmp_path / "go").touch()
+        run.until(REPLACED)
+        os.kill(run.pids[1], signal.SIGUSR1)
+        assert "(RuntimeError: of its own) → " in run.until(REPLACED)[0]
+        assert run.stop() == 75
+
+
+def test_who_has_left_its_training_gives_nothing_to_others(tmp_path: Path) -> None:
+    with job(write(tmp_path, before=LEAVES), cwd=tmp_path, ranks=2) as run:
+        run.ready(0, 1)
+        os.kill(run.pids[0], signal.SIGUSR2)
+        run.until("left 0")
+        run.kill(1)
+        said = run.until("all 2 ranks restart")[0]
+        assert "rank 1 killed by SIGKILL" in said
+        run.ready(0, 1)
+        assert run.stop() == 75
+
+
 AGENT = """
 import sys
 from pathlib import Path

@@ -68,7 +68,7 @@ class _Loss:
     back: dict[int, Back] = field(default_factory=dict)
     """What the ranks have said that are back in this membership epoch."""
     tries: int = 0
-    """Processes that have died before they were back."""
+    """Processes that have died in the place of one that had."""
     agent_ms: dict[str, float] = field(default_factory=dict)
     """When the agent had done what, since it began."""
 
@@ -117,6 +117,8 @@ class Replacing:
         self._changed = changed
         self._channels: dict[int, Channel] = {}
         self._ready: set[int] = set()
+        self._left: set[int] = set()
+        """Ranks that were ready, have left their training since, and may just be failing."""
         self._epoch = 0
         self._members = [0] * options.ranks
         self._loss: _Loss | None = None
@@ -169,12 +171,13 @@ class Replacing:
         loss = self._loss
         if self._over:
             return False
-        if loss and rank in loss.joining:
+        if loss and rank in loss.by:
             loss.tries += 1
             if loss.tries >= _MOST_TRIES:
                 self.give_up(f"what came in its place {in_words(code)}")
                 return True
-        elif why_not := self._why_not(worker, code):
+        joins = loss is not None and rank in loss.joining
+        if not joins and (why_not := self._why_not(worker, code)):
             self._ready.discard(rank)
             self.give_up(why_not)
             return False
@@ -208,7 +211,8 @@ class Replacing:
     def _why_not(self, worker: Worker, code: int) -> str:
         """Why a rank that has ended cannot be replaced."""
         joining = self._loss.joining if self._loss else set()
-        if len(self._ready | joining) < self._options.ranks:
+        may = self._ready | joining | (self._left & {worker.rank})
+        if len(may) < self._options.ranks:
             return "not all ranks can be replaced"
         if code == EXIT_OK:
             return f"rank {worker.rank} {in_words(code)}"
@@ -234,6 +238,7 @@ class Replacing:
         self._epoch += 1
         self._members[rank] = self._epoch
         self._ready.discard(rank)
+        self._left.discard(rank)
         loss.joining.add(rank)
         loss.back.clear()
         self._hang_up(self._channels.pop(rank))
@@ -337,9 +342,8 @@ class Replacing:
                 self._life.workers[rank].watch(fd)
             case Replaceable(yes=True):
                 self._can(rank)
-            case Replaceable(why=why):
-                self._ready.discard(rank)
-                self.give_up(f"rank {rank}: {why}")
+            case Replaceable(why=why, left=left):
+                self._cannot(rank, why, left=left)
             case Cannot(epoch=self._epoch, why=why):
                 self.give_up(f"rank {rank}: {why}")
             case Back(epoch=self._epoch):
@@ -359,6 +363,15 @@ class Replacing:
         self._ready.add(rank)
         if not self._over and not self._loss:
             self._reserve.fill()
+
+    def _cannot(self, rank: int, why: str, *, left: bool) -> None:
+        """A rank says that from here on it is not to be replaced, nor can others be without it."""
+        if left and rank in self._ready:
+            self._left.add(rank)
+        self._ready.discard(rank)
+        needed = self._loss is not None and rank not in self._loss.back
+        if needed or not left:
+            self.give_up(f"rank {rank}: {why}")
 
     def _back(self, rank: int, said: Back) -> None:
         loss = self._loss

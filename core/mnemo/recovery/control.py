@@ -44,10 +44,13 @@ class Replaceable(msgspec.Struct, frozen=True, tag="replaceable"):
     Attributes:
         yes: Whether it can.
         why: Why not.
+        left: It has left its training, perhaps by an exception: if this process fails now, another
+            one can still begin where it was.
     """
 
     yes: bool
     why: str = ""
+    left: bool = False
 
 
 class Back(msgspec.Struct, frozen=True, tag="back"):

@@ -455,7 +455,7 @@ class Keeper:
         """End this fit."""
         idle = True
         if self._replacing is not None:
-            self._replacing.close()
+            self._replacing.close(left=end is End.INTERRUPTED)
             self._replacing = None
         if end is End.FINISHED:
             self._pace.close()

@@ -167,16 +167,20 @@ class Replacing:
         if self._ready is not None:
             self._ready.pass_update()
 
-    def withdraw(self, why: str) -> None:
+    def withdraw(self, why: str, *, left: bool = False) -> None:
         """From here on this rank is not replaced any more; harmless a second time."""
         if not self._why_not:
             self._why_not = why
-            self._channel.tell(control.Replaceable(False, why))
+            self._channel.tell(control.Replaceable(False, why, left))
 
-    def close(self) -> None:
-        """The training is over."""
+    def close(self, *, left: bool = False) -> None:
+        """The training is over.
+
+        Args:
+            left: In the middle of it, perhaps by an exception that will end this process.
+        """
         comm.keep_nothing()
-        self.withdraw("its training is over")
+        self.withdraw("its training is over", left=left)
         self._channel.close()
         self._listener.join()
         if self._worker is not None:

@@ -1,4 +1,4 @@
-"""A rank of a real training that hangs is replaced, and no bit differs."""
+"""What goes wrong in one rank of a real training, apart from its death."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import mnemo
 from launching import Result, launch
 
 from mnemo.faults import Declaration, Fault, Hook
@@ -15,7 +16,7 @@ from mnemo.faults import Declaration, Fault, Hook
 SESSION = Path(__file__).parents[1] / "scripts" / "session_replaced.py"
 
 
-def _train(out: Path, *words: str, faults: tuple[Fault, ...] = ()) -> Result:
+def _train(out: Path, *words: str, faults: tuple[Fault, ...] = (), code: int = 0) -> Result:
     out.mkdir()
     declared = Declaration(faults, record=str(out / "fired"))
     ended = launch(
@@ -28,7 +29,7 @@ def _train(out: Path, *words: str, faults: tuple[Fault, ...] = ()) -> Result:
         MNEMO_RUN__JOURNAL=str(out / "journal"),
         **declared.environ(),
     )
-    assert ended.code == 0, ended.err
+    assert ended.code == code, ended.err
     declared.assert_fired()
     return ended
 
@@ -65,3 +66,16 @@ def test_a_rank_that_hangs(tmp_path: Path, fault: Fault, words: str) -> None:
     other = (Path(said[1]) / f"rank-{1 - fault.rank}.txt").read_text()
     assert "is MainThread\n" in other
     assert "session_replaced.py" in other  # where the other one waits
+
+
+def test_the_same_exception_twice_at_one_step(tmp_path: Path) -> None:
+    """Where that is, the snapshot process knows."""
+    fails = Fault("exception", 1, Hook("forward", 5))
+    ended = _train(tmp_path / "fails", faults=(fails, fails), code=1)
+    assert re.search(r"rank 1 exited with code 1 \(RuntimeError: injected .* → .* exact", ended.err)
+    assert ended.err.count("0 steps lost, exact") == 1
+    end = ended.err.partition("mnemo: 2 failures in a row at epoch 0, batch ")[2]
+    assert "its last lines the first time:\n" in end
+    assert "Traceback (most recent call last):" in end
+    assert "RuntimeError: injected fault" in end
+    assert mnemo("clean", "fails").code == 0  # a start goes on from there
