@@ -12,8 +12,10 @@ _ENOUGH: Final = 4
 _SETTLING: Final = 2
 _LEARNING: Final = 2
 """Steps from one snapshot to the next while too little is known: every other step goes without."""
-_EXPECTED: Final = 1 / 8
+_EXPECTED: Final = 1 / 6
 """Share of the copy's time that a snapshot adds where a core is free (``docs/adr/0002``)."""
+_AIM: Final = 0.9
+"""Share of the budget to be spent: it is a promise, and what is known errs to both sides."""
 _LEAST: Final = 1 / 16
 """The same for the bare copy: what adds less is noise."""
 _LONGEST: Final = 10_000
@@ -79,7 +81,7 @@ class Cadence:
         step = statistics.median(self._plain) if self._plain else 0.0
         if added is None or step <= 0:
             return _LEARNING
-        ideal = min(float(_LONGEST), max(1.0, added / (self._overhead * step)))
+        ideal = min(float(_LONGEST), max(1.0, added / (_AIM * self._overhead * step)))
         chosen = max(1, round(ideal + self._owed))
         self._owed += ideal - chosen
         return chosen
