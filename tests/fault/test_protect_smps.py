@@ -197,7 +197,7 @@ def test_groups_out_of_step_come_back_with_the_same(
 
     A leader that is left gives up what is not whole everywhere.
     """
-    slow = {1: 3e5, 3: 3e5}
+    slow = {1: 1e6, 3: 1e6}
     with group_of(4, 1, tmp_path, groups=2, rates=slow) as smps:
         all_join(smps)
         for tick in (1, 2):
