@@ -215,7 +215,16 @@ class LaunchError(MnemoError):
 
 
 class CrashLoopError(LaunchError):
-    """The job died at the same batch too often; the message names the batch."""
+    """The job died at the same batch too often; the message names the batch.
+
+    Args:
+        message: What happened.
+        code: The exit code of the rank that did.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class FaultNotFiredError(MnemoError, AssertionError):

@@ -108,6 +108,13 @@ class Host:
         shutil.rmtree(self.home, ignore_errors=True)
         self.home.mkdir(mode=0o700)
 
+    def add_dead_end(self, name: str) -> None:
+        """An interface that leads to no other node: its address is 10.99.0.1."""
+        _ip("-n", self.namespace, "link", "add", name, "type", "veth", "peer", "name", f"{name}2")
+        _ip("-n", self.namespace, "addr", "add", "10.99.0.1/24", "dev", name)
+        for end in (name, f"{name}2"):
+            _ip("-n", self.namespace, "link", "set", end, "up")
+
     def cut(self) -> None:
         """Nothing leaves or reaches it any more, and nobody is told."""
         _ip("-n", self.network.switch, "link", "set", self._plug, "nomaster")

@@ -9,7 +9,7 @@ import pytest
 from membership_lab import SEAL, MemoryStore
 
 from mnemo.errors import LaunchError, MembershipRecordError
-from mnemo.launcher import cluster
+from mnemo.launcher import cluster, rendezvous
 from mnemo.launcher.c10d import C10dStores
 from mnemo.launcher.cluster import Cluster
 from mnemo.launcher.rendezvous import Nodes
@@ -67,6 +67,19 @@ class Memory:
 
     async def close(self) -> None:
         """Nothing."""
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """Which agents' addresses do not reach which; no address leads anywhere really."""
+    pairs: set[tuple[str, str]] = set()
+
+    async def look(host: str, port: int, me: str) -> str:
+        assert port
+        return "no route" if (me, host) in pairs else ""
+
+    monkeypatch.setattr(rendezvous, "why_unreached", look)
+    return pairs
 
 
 QUICK: dict[str, float] = {
@@ -200,26 +213,138 @@ def test_who_took_a_lost_nodes_place_and_is_refused_leaves_and_the_others_go_on(
     tmp_path: Path,
 ) -> None:
     async def run() -> None:
-        stores, said = Memory(), list[str]()
-        rules = {**QUICK, "arbiter": True}
-        one, other, lost = (agent(tmp_path, name, stores, said, 3, **rules) for name in "abc")
-        await asyncio.gather(*(each.take_seat(1) for each in (one, other, lost)))
-        await lost.close()
-        new = agent(tmp_path, "d", stores, said, 3, **rules)
-        await asyncio.gather(*(each.take_seat(1) for each in (one, other, new)))
+        stores = Memory()
+        one, other, new = await with_a_newcomer(tmp_path, stores)
         refused = Report(cause="a wrong setting", code=2, refused=True)
         assert await one.report(refused) is None
         assert await new.report(refused) == 2
         assert (await new.why(), await other.why()) == (
             Report(cause="a wrong setting", code=2),
-            Report(cause="a wrong setting"),
+            Report(cause="a wrong setting", leaves=True),
         )
         await new.close()
-        better = agent(tmp_path, "e", stores, said, 3, **rules)
+        better = agent(tmp_path, "e", stores, [], 3, **QUICK, arbiter=True)
         seats = await asyncio.gather(*(each.take_seat(1) for each in (one, other, better)))
         assert all(isinstance(seat, Seat) and seat.cause == "node d was lost" for seat in seats)
         assert await one.report(refused) is None
         await asyncio.gather(*(each.close() for each in (one, other, better)))
+
+    asyncio.run(run())
+
+
+async def with_a_newcomer(tmp_path: Path, stores: Memory) -> tuple[Cluster, Cluster, Cluster]:
+    """Agents of three nodes that run, the last of them in a lost one's place."""
+    rules = {**QUICK, "arbiter": True}
+    one, other, lost = (agent(tmp_path, name, stores, [], 3, **rules) for name in "abc")
+    await asyncio.gather(*(each.take_seat(1) for each in (one, other, lost)))
+    assert not any(each.is_newcomer for each in (one, other, lost))
+    await lost.close()
+    new = agent(tmp_path, "d", stores, [], 3, **rules)
+    await asyncio.gather(*(each.take_seat(1) for each in (one, other, new)))
+    assert [each.is_newcomer for each in (one, other, new)] == [False, False, True]
+    return one, other, new
+
+
+FAILED = Report(cause="it failed", code=5, leaves=True)
+
+
+def test_who_took_a_lost_nodes_place_and_fails_before_it_trains_leaves_alone(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        stores = Memory()
+        one, other, new = await with_a_newcomer(tmp_path, stores)
+        assert not await new.is_elsewhere(5, ())
+        assert await new.report(FAILED) == 5
+        for each in (one, other):
+            assert await each.why() == Report(cause="it failed", leaves=True)
+        waiting = [asyncio.create_task(each.take_seat(1)) for each in (one, other)]
+        await asyncio.sleep(0.5)  # it has not left yet, and agrees to nothing
+        assert not any(each.done() for each in waiting)
+        await new.close()
+        better = agent(tmp_path, "e", stores, [], 3, **QUICK, arbiter=True)
+        seats = await asyncio.gather(better.take_seat(1), *waiting)
+        assert all(isinstance(seat, Seat) and seat.cause == "node d was lost" for seat in seats)
+        await asyncio.gather(*(each.close() for each in (one, other, better)))
+
+    asyncio.run(run())
+
+
+def test_who_took_a_lost_nodes_place_stays_where_another_failed_before(tmp_path: Path) -> None:
+    async def run() -> None:
+        one, other, new = await with_a_newcomer(tmp_path, Memory())
+        assert await one.report(Report(cause="it was killed")) is None
+        assert await new.report(FAILED) is None
+        seats = await asyncio.gather(*(each.take_seat(1) for each in (one, other, new)))
+        assert all(isinstance(seat, Seat) and not seat.cause for seat in seats)
+        assert not new.is_newcomer
+        await asyncio.gather(*(each.close() for each in (one, other, new)))
+
+    asyncio.run(run())
+
+
+def unreached(me: str, first: str) -> str:
+    return (
+        f"node {me} cannot reach node {first}, where rank 0 is (no route): set network.interface "
+        "there to the interface that others reach it by"
+    )
+
+
+def test_a_launch_ends_where_rank_0_cannot_be_reached(
+    tmp_path: Path, apart: set[tuple[str, str]]
+) -> None:
+    async def run() -> None:
+        apart.add(("b", "a"))
+        stores = Memory()
+        one, other = (agent(tmp_path, name, stores, [], **QUICK) for name in "ab")
+        await asyncio.gather(one.take_seat(1), other.take_seat(1))
+        for each in (one, other):
+            assert await each.why() == Report(cause=unreached("b", "a"), code=2)
+        await asyncio.gather(one.close(), other.close())
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("lost", [0, 2], ids=["rank 0's node is new", "it cannot reach rank 0"])
+def test_a_newcomer_between_whom_and_rank_0_is_no_way_leaves(
+    tmp_path: Path, apart: set[tuple[str, str]], lost: int
+) -> None:
+    async def run() -> None:
+        apart.update([("b", "d"), ("c", "d"), ("d", "a")])
+        stores, rules = Memory(), {**QUICK, "arbiter": True}
+        agents = [agent(tmp_path, name, stores, [], 3, **rules) for name in "abc"]
+        seats = await asyncio.gather(*(each.take_seat(1) for each in agents))
+        assert [seat.node_rank for seat in seats if isinstance(seat, Seat)] == [0, 1, 2]
+        await agents.pop(lost).close()
+        new = agent(tmp_path, "d", stores, [], 3, **rules)
+        await asyncio.gather(*(each.take_seat(1) for each in (*agents, new)))
+        cause = unreached("d", "a") if lost else (await new.why()).cause
+        assert cause in {unreached("b", "d"), unreached("c", "d"), unreached("d", "a")}
+        assert await new.why() == Report(cause=cause, code=2)
+        for each in agents:
+            assert await each.why() == Report(cause=cause, leaves=True)
+        await asyncio.gather(*(each.close() for each in (*agents, new)))
+
+    asyncio.run(run())
+
+
+def test_a_way_to_rank_0_that_is_gone_for_a_while_is_waited_for(
+    tmp_path: Path, apart: set[tuple[str, str]]
+) -> None:
+    async def run() -> None:
+        stores, said = Memory(), list[str]()
+        one, other = (agent(tmp_path, name, stores, said, **QUICK) for name in "ab")
+        await asyncio.gather(one.take_seat(1), other.take_seat(1))
+        apart.add(("b", "a"))
+        assert await one.report(Report(cause="it failed")) is None
+        again = asyncio.create_task(other.take_seat(1))
+        assert isinstance(await one.take_seat(1), Seat)
+        await asyncio.sleep(0.5)
+        assert not again.done()
+        apart.clear()
+        assert isinstance(await again, Seat)
+        assert said == [unreached("b", "a")]
+        await asyncio.gather(one.close(), other.close())
 
     asyncio.run(run())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 import threading
 
@@ -153,3 +155,34 @@ def place(*places: str) -> str:
     found, claim = rendezvous.claim_place("127.0.0.1", places)
     claim.close()
     return found
+
+
+def test_who_accepts_or_refuses_is_reached() -> None:
+    def look(port: int) -> str:
+        return asyncio.run(rendezvous.why_unreached("127.0.0.1", port, "127.0.0.1"))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert not look(port)
+    assert not look(port)
+
+
+def test_an_address_that_is_this_nodes_own_leads_to_no_other() -> None:
+    """As that of a bridge which every machine has."""
+    why = asyncio.run(rendezvous.why_unreached("127.0.0.1", 1, "10.0.0.1"))
+    assert why == "that is an address of this node, too"
+
+
+def test_who_gives_no_answer_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_REACH_S", 0.3)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):  # more than it takes in: nobody who comes now hears anything
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        host, port = listener.getsockname()
+        why = asyncio.run(rendezvous.why_unreached(host, port, host))
+        assert why == "no answer within 0.3 s"

@@ -114,6 +114,14 @@ def test_what_failed_at_this_batch_is_known() -> None:
     assert policy.here == [second, third]
 
 
+def test_a_failure_that_is_forgiven_does_not_count() -> None:
+    policy = RestartPolicy(1, 60.0, HandClock())
+    for _ in range(3):
+        assert policy.after_failure(None) == "restart"
+        policy.forgive()
+    assert policy.recent == 0
+
+
 def test_failures_at_an_unknown_place_are_no_loop() -> None:
     policy = RestartPolicy(99, 60.0, HandClock())
     assert {policy.after_failure(None) for _ in range(10)} == {"restart"}

@@ -10,23 +10,21 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mnemo.clock import Clock, SystemClock
 from mnemo.config import format_duration
-from mnemo.config.uncaught import EXIT_USAGE
 from mnemo.errors import CrashLoopError, LaunchError, RunInUseError
 from mnemo.launcher.c10d import StoreHost
+from mnemo.launcher.failures import Failures
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
 from mnemo.launcher.hooks import Hooks
 from mnemo.launcher.life import Life
-from mnemo.launcher.oom import OomWatch
+from mnemo.launcher.output import count
 from mnemo.launcher.replacing import Replacing
 from mnemo.launcher.restarts import Ended, Failed, RestartPolicy, judge
 from mnemo.launcher.seat import Seat
-from mnemo.launcher.team import Alone, Report, Team
-from mnemo.recovery.classes import Rung, classify
+from mnemo.launcher.team import Alone, Team
 from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from mnemo.launcher.options import LaunchOptions
     from mnemo.launcher.output import Terminal
     from mnemo.launcher.worker import Worker
-    from mnemo.recovery.classes import Failure
     from mnemo.recovery.journal import Journal
 
 _T = TypeVar("_T")
@@ -79,18 +76,24 @@ class Agent:
         self._team: Team = team or Alone(options)
         self._clock = clock or SystemClock()
         self._policy = RestartPolicy(options.max_restarts, options.restart_window_s, self._clock)
-        self._oom = OomWatch()
         self._life: Life | None = None
         self._replacing: Replacing | None = None
         self._host = StoreHost() if options.in_process and options.ranks > 1 else None
-        self._seat: Seat | None = None
-        self._moved: float | None = None
-        """Unix seconds at which it was noticed that other nodes do not go on."""
         self._changed = asyncio.Event()
         self._stopped_by: int | None = None
         self._hurry = False
         self._words = ""
         """What the exit code means, where others have ended the job."""
+        self._failures = Failures(
+            options,
+            self._policy,
+            self._team,
+            self._hooks,
+            journal=journal,
+            terminal=terminal,
+            clock=self._clock,
+            stopping=lambda: self._stopped_by is not None,
+        )
 
     def run(self) -> int:
         """Run the job to its end; call it from the main thread, once.
@@ -119,6 +122,9 @@ class Agent:
             well = code == EXIT_OK
         except RunInUseError:
             raise  # the journal is another job's
+        except CrashLoopError as error:
+            self.exit_code = error.code
+            raise
         except BaseException as error:
             self._journal.write("end", code=self.exit_code, error=str(error))
             raise
@@ -142,8 +148,8 @@ class Agent:
         options = self._options
         window = format_duration(options.restart_window_s)
         self._terminal.say(
-            f"run {options.run_id} · {_count(options.ranks, 'rank')}{self._team} · "
-            f"at most {_count(options.max_restarts, 'restart')} in {window} · "
+            f"run {options.run_id} · {count(options.ranks, 'rank')}{self._team} · "
+            f"at most {count(options.max_restarts, 'restart')} in {window} · "
             f"logs in {options.log_dir}"
         )
         if options.ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -169,8 +175,7 @@ class Agent:
                 return seat.code
             if seat is None:
                 return None
-            self._seat = seat
-            self._take_note(life, seat)
+            self._failures.begin(life, seat)
             self._start(life, seat)
             verdict = await self._supervise(life)
             if verdict == Ended(0):
@@ -186,14 +191,14 @@ class Agent:
             msg = f"processes {', '.join(immortal)} of the ranks cannot be killed; see ps"
             raise LaunchError(msg)
         if isinstance(verdict, Failed):
-            return await self._after_failure(life, verdict)
+            return await self._failures.here(life, verdict, self._not_replaced())
         if isinstance(verdict, Ended):
             everywhere = await self._unless_stopped(
                 self._team.all_ended(verdict.code), patience_s=self._options.grace_s
             )
             if everywhere is not None or self._stopped_by is not None:
                 return verdict.code if everywhere is None else everywhere
-        return await self._after_news()
+        return await self._failures.elsewhere(self._not_replaced())
 
     async def _unless_stopped(
         self, waiting: Coroutine[Any, Any, _T], patience_s: float = 0.0
@@ -210,14 +215,6 @@ class Agent:
         finally:
             task.cancel()
 
-    def _take_note(self, life: Life, seat: Seat) -> None:
-        """Of nodes that were lost since the last life."""
-        if seat.cause:
-            self._terminal.say(seat.cause)
-            noticed = self._moved or self._clock.time()
-            self._journal.write("failure", life=life.number, cause=seat.cause, noticed=noticed)
-        self._moved = None
-
     def _start(self, life: Life, seat: Seat) -> None:
         options = self._options
         replacing = self._replacing = Replacing(
@@ -229,7 +226,7 @@ class Agent:
             position=self._hooks.position,
             journal=self._journal,
             say=self._terminal.say,
-            struck=self._oom.struck,
+            struck=self._failures.struck,
             changed=self._changed.set,
         )
         life.start(
@@ -313,121 +310,5 @@ class Agent:
         own = self._life.pids if self._life else set()
         reap_orphans(own | (self._replacing.pids if self._replacing else set()))
 
-    async def _after_failure(self, life: Life, failed: Failed) -> int | None:
-        """Report a failure of this node's, and end the job if it has failed too often.
-
-        Returns:
-            The exit code of the job; None if there is to be another life.
-        """
-        worker = life.replaced.get(failed.rank, life.workers[failed.rank])
-        if await self._team.is_elsewhere(failed.code, worker.log.tail):
-            return await self._after_news()
-        position = self._hooks.position()
-        refusal = next((text for each in life.workers.values() if (text := each.refusal())), "")
-        failure = worker.failure(failed.code, out_of_memory=self._oom.struck())
-        if refusal:
-            failure = classify(failed.code, (), refusal=refusal)
-        decision: str = self._policy.after_failure(position, failure)
-        if decision == "restart" and failure.rung is Rung.STOP:
-            decision = "refused"
-        cause = _cause(failed, failure)
-        code = failed.code if failed.code > 0 else 128 - failed.code if failed.code else 1
-        if refusal:
-            code = EXIT_USAGE
-        if not self._hooks.taken():
-            self._journal.write(
-                "failure",
-                life=life.number,
-                rank=failed.rank,
-                local_rank=worker.local_rank,
-                worker_pid=worker.pid,
-                exit_code=failed.code if failed.code >= 0 else None,
-                signal=-failed.code if failed.code < 0 else None,
-                cause=cause,
-                kind=failure.kind,
-                noticed=life.noticed[failed.rank],
-                position=position,
-                decision=decision,
-                not_replaced=self._not_replaced(),
-            )
-        ends = decision != "restart" or self._stopped_by is not None
-        told = f"rank {failed.rank} {cause}"
-        report = Report(
-            cause=told,
-            position=position,
-            code=code if ends else None,
-            refused=decision == "refused",
-        )
-        ended = await self._team.report(report)
-        code = ended or code
-        if ended is None:
-            decision = "restart"
-        elif refusal:
-            self._terminal.say(refusal)
-            return code
-        then = self._what_follows(decision, code, worker)
-        at = time.strftime("%H:%M:%S", time.localtime(life.noticed[failed.rank]))
-        self._terminal.say(f"{at} {told} → {then}")
-        if decision == "restart":
-            return None
-        if decision == "crash loop":
-            self.exit_code = code
-            here = self._policy.here
-            first = next(f for f in here if f and f.error == failure.error)
-            last = "\n".join(f"  {line}" for line in first.last_words)
-            msg = (
-                f"{len(here)} failures in a row at {position}: the batch itself seems to be the "
-                f"cause. Rank {failed.rank} {cause}; its last lines the first time:\n{last}"
-            )
-            raise CrashLoopError(msg)
-        return code
-
-    def _what_follows(self, decision: str, code: int, worker: Worker) -> str:
-        if self._stopped_by is not None:
-            return "ending"
-        if decision == "refused":
-            return f"a restart would end the same way: exit code {code}"
-        if decision != "restart":
-            return f"giving up with exit code {code}; its log is {worker.log.path}"
-        return self._restarting()
-
-    async def _after_news(self) -> int | None:
-        """As `_after_failure`, where another node knows why all ranks restart."""
-        self._moved = self._clock.time()
-        news = await self._team.why()
-        exhausted = self._policy.after_failure(news.position) == "exhausted"
-        code = 1 if exhausted and news.code is None else news.code
-        if code != news.code:
-            code = await self._team.report(Report(cause=news.cause, code=code))
-        then = self._restarting() if code is None else f"ending with exit code {code}"
-        if exhausted and news.code is None:
-            then += ", since the restarts are used up (--max-restarts)"
-        cause = news.cause or news.silent
-        if news.cause:
-            self._journal.write("failure", cause=cause, noticed=self._moved, decision=then)
-        self._terminal.say(f"{time.strftime('%H:%M:%S')} {cause} → {then}")
-        return code
-
     def _not_replaced(self) -> str:
         return self._replacing.why_not if self._replacing else ""
-
-    def _restarting(self) -> str:
-        ranks = self._seat.world_size if self._seat else self._options.ranks
-        many = f"all {ranks} ranks restart" if ranks > 1 else "it restarts"
-        spent = f"{self._policy.recent} of {_count(self._options.max_restarts, 'restart')}"
-        why_not = self._not_replaced()
-        return f"{many} ({spent})" + (f", since {why_not}" if why_not else "")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def _cause(failed: Failed, failure: Failure) -> str:
-    if failed.early:
-        return f"{failure.words} while others were still training"
-    cause = failure.words
-    if failed.left_before:
-        ranks = ", ".join(map(str, failed.left_before))
-        cause += f" after rank {ranks} had exited with code 0"
-    return cause

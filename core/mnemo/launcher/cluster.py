@@ -15,6 +15,7 @@ import msgspec
 
 from mnemo.clock import SystemClock
 from mnemo.config import format_duration
+from mnemo.config.uncaught import EXIT_USAGE
 from mnemo.errors import (
     LaunchError,
     MembershipRecordError,
@@ -72,6 +73,8 @@ class End(msgspec.Struct, frozen=True, array_like=True):
     cause: str = ""
     position: tuple[int, int, int] | None = None
     refused: bool = False
+    leaves: str = ""
+    """The key of the agent whose node leaves for that, where the others do without it."""
 
 
 class Cluster:
@@ -126,8 +129,8 @@ class Cluster:
         """The epoch that an earlier launch had ended with, 0 for none; None if not looked for."""
         self._idle = asyncio.Event()
         """No rank runs here."""
-        self._is_new = True
-        """It has not taken part in two lives yet."""
+        self._came = 0
+        """The number of the first epoch that this node belongs to."""
 
     def __str__(self) -> str:
         spares = self._nodes.spares
@@ -141,6 +144,7 @@ class Cluster:
         if node_rank <= _DEPUTIES:  # may have to host the next Store
             self._warming = asyncio.ensure_future(self._stores.warm_up())
         self._granted = epoch
+        self._came = self._came or epoch.number
         self._tell()
 
     async def stop(self) -> None:
@@ -178,7 +182,9 @@ class Cluster:
                     await self._said.put(f"port/{epoch.number}", Port(port))
                 found = await self._await_port(epoch)
                 if found is not None:
-                    self._is_new, self._epoch = self._epoch is None, epoch
+                    before, self._epoch = self._epoch, epoch
+                    if me:
+                        await self._look_for_rank_0(before, epoch, found.number)
                     return Seat(
                         world_size=epoch.world_size,
                         master_addr=epoch.members[0].address,
@@ -327,10 +333,42 @@ class Cluster:
             await asyncio.sleep(_POLL_S)
         return None
 
+    async def _look_for_rank_0(self, before: Epoch | None, epoch: Epoch, port: int) -> None:
+        """End ``epoch`` if rank 0, where all ranks meet, cannot be reached: they would hang.
+
+        Whoever has just come leaves for it, rank 0's node or this one; all do at a launch. Where
+        both were in ``before``, the link may come back.
+        """
+        first, said = epoch.members[0], False
+        came = before is not None and before.rank_of(first.key) is None
+        is_launch = before is None and not epoch.lost
+        while self._granted is epoch:
+            why = await rendezvous.why_unreached(first.address, port, self._me.address)
+            if not why:
+                return
+            cause = (
+                f"node {self._me.address} cannot reach node {first.address}, where rank 0 is "
+                f"({why}): set network.interface there to the interface that others reach it by"
+            )
+            if came or is_launch or self.is_newcomer:
+                leaves = first.key if came else "" if is_launch else self._me.key
+                await self._report(Report(cause=cause, code=EXIT_USAGE), leaves=leaves)
+                return
+            if not said:
+                self._say(cause)
+                said = True
+            await asyncio.sleep(_POLL_S)
+
     @property
     def is_over(self) -> bool:
         """See `Team.is_over`."""
         return self._granted is not self._epoch
+
+    @property
+    def is_newcomer(self) -> bool:
+        """See `Team.is_newcomer`."""
+        epoch = self._epoch
+        return epoch is not None and bool(epoch.lost) and epoch.number == self._came
 
     async def why(self) -> Report:
         """See `Team.why`."""
@@ -341,12 +379,16 @@ class Cluster:
         if end is None:
             return Report(cause="", silent=self._machine.silent)
         position = Position(*end.position) if end.position else None
-        code = None if end.refused and not self._is_new else end.code
-        return Report(cause=end.cause, position=position, code=code)
+        other = bool(end.leaves) and end.leaves != self._me.key
+        leaves = other or (end.refused and not self.is_newcomer)
+        code = None if leaves else end.code
+        return Report(cause=end.cause, position=position, code=code, leaves=leaves)
 
     async def is_elsewhere(self, code: int, tail: Iterable[str]) -> bool:
-        """See `Team.is_elsewhere`."""
-        self._idle.set()
+        """See `Team.is_elsewhere`.
+
+        This node agrees to no other epoch yet: `report` may end the job.
+        """
         patience = 0.0
         if code >= 0:
             lost_peer = any(_LOST_PEER.search(line) for line in tail)
@@ -361,19 +403,25 @@ class Cluster:
 
         Where it ends the job this node agrees to no other epoch: the end stands at this one.
         """
+        return await self._report(report, leaves=self._me.key if report.leaves else "")
+
+    async def _report(self, report: Report, *, leaves: str) -> int | None:
+        """``leaves``: the key of the agent whose node leaves for it, if one does."""
         assert self._epoch is not None
         at, code = report.position, report.code
         refused = report.refused and bool(self._epoch.lost)
-        if refused and not self._is_new:
+        if (refused and not self.is_newcomer) or leaves not in {"", self._me.key}:
             code = None
+        position = (at.epoch, at.batch, at.step) if at else None
+        end = End(report.code, report.cause, position, refused, leaves)
+        with contextlib.suppress(StoreLostError):
+            first = await self._said.put(f"end/{self._epoch.number}", end)
+            if leaves and first != end:
+                code = None  # another node was faster, and may be the cause
+            if code is not None and not refused and not leaves:
+                code = (await self._said.put(f"over/{self._epoch.number}", end)).code
         if code is None:
             self._idle.set()
-        position = (at.epoch, at.batch, at.step) if at else None
-        end = End(report.code, report.cause, position, refused)
-        with contextlib.suppress(StoreLostError):
-            await self._said.put(f"end/{self._epoch.number}", end)
-            if code is not None and not refused:
-                code = (await self._said.put(f"over/{self._epoch.number}", end)).code
         self._driver.end_epoch()
         return code
 

@@ -191,3 +191,8 @@ class RankStream:
 def _visible(line: bytes) -> bytes:
     """What a terminal would show of a line that returns to its start: the last thing written."""
     return next((part for part in reversed(line.split(b"\r")) if part), b"")
+
+
+def count(number: int, thing: str) -> str:
+    """So many of them, in words."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -27,6 +27,9 @@ PORTS: Final[Mapping[str, int]] = {"static": 29400, "c10d": 29400, "etcd": 2379}
 _LEAVES_S: Final = 2.0
 """How long the Store of an agent that was killed may take to end."""
 _LOOK_S: Final = 0.05
+_REACH_S: Final = 5.0
+"""How long another node may take to accept or refuse a connection."""
+_AGAIN_S: Final = 0.5
 _ENDPOINT: Final = re.compile(r"(?P<host>\[[0-9a-fA-F:]+\]|[^:,\[\]]+)(:(?P<port>\d{1,5}))?")
 
 
@@ -187,11 +190,7 @@ def claim_place(host: str, places: tuple[str, ...]) -> tuple[str, socket.socket]
     Raises:
         LaunchError: The run's first Store has to be here, and another program has its port.
     """
-    own = {
-        entry.address.partition("%")[0]
-        for found in psutil.net_if_addrs().values()
-        for entry in found
-    }
+    own = _own_hosts()
     port = _port(places[0])
     mine = [place for place in places if _host(place) in own]
     wanted = mine[0] if mine else str(Address(host, port))
@@ -211,6 +210,12 @@ def claim_place(host: str, places: tuple[str, ...]) -> tuple[str, socket.socket]
             port = probe.getsockname()[1]
         wanted, claim = str(Address(host, port)), _claim(port)
     return wanted, claim
+
+
+def _own_hosts() -> set[str]:
+    """Addresses of this machine."""
+    interfaces = psutil.net_if_addrs().values()
+    return {entry.address.partition("%")[0] for found in interfaces for entry in found}
 
 
 def _claim(port: int) -> socket.socket | None:
@@ -259,3 +264,33 @@ async def is_needed(stores: Stores, places: tuple[str, ...]) -> bool:
         return False
 
     return not any(await asyncio.gather(*map(has_one, places)))
+
+
+async def why_unreached(host: str, port: int, me: str) -> str:
+    """Why nothing at an address of another node's can be connected to; empty if something can.
+
+    Who refuses is reached.
+
+    Args:
+        host: The address.
+        port: A port there that somebody has, or will have.
+        me: The address that others reach this node by.
+    """
+    if host != me and host in _own_hosts():
+        return "that is an address of this node, too"
+    deadline = time.monotonic() + _REACH_S
+    while True:
+        connecting = asyncio.open_connection(host, port)
+        try:
+            _, writer = await asyncio.wait_for(connecting, max(deadline - time.monotonic(), 0.0))
+        except ConnectionRefusedError:
+            return ""
+        except asyncio.TimeoutError:
+            return f"no answer within {_REACH_S:g} s"
+        except OSError as error:
+            if time.monotonic() + _AGAIN_S > deadline:
+                return error.strerror or str(error)
+        else:
+            writer.close()
+            return ""
+        await asyncio.sleep(_AGAIN_S)

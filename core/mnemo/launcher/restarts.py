@@ -145,6 +145,11 @@ class RestartPolicy:
         self._position = position
         return decision
 
+    def forgive(self) -> None:
+        """Do not count the last one: who is to blame for it leaves."""
+        self._failures.pop()
+        self._failed_here.pop()
+
     def foresee(
         self, position: Position | None, failure: Failure | None = None
     ) -> Literal["restart", "exhausted", "crash loop"]:

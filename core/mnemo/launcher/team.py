@@ -25,6 +25,8 @@ class Report:
         silent: What does not answer, in words, where there is no cause.
         refused: A rank would not begin as it was started, and would not again. Where a node has
             just taken a lost one's place that node leaves, and the others wait for another.
+        leaves: Said by such a node: it leaves, since its ranks have failed before they trained.
+            Heard by the others: so does who is to blame, and they wait for another.
     """
 
     cause: str
@@ -32,6 +34,7 @@ class Report:
     code: int | None = None
     silent: str = ""
     refused: bool = False
+    leaves: bool = False
 
 
 class Team(Protocol):
@@ -62,6 +65,11 @@ class Team(Protocol):
     @property
     def is_over(self) -> bool:
         """Whether the seat that was taken last is not this node's any more: all ranks end."""
+        ...
+
+    @property
+    def is_newcomer(self) -> bool:
+        """Whether this node has just taken a lost one's place: the others do without it."""
         ...
 
     async def why(self) -> Report:
@@ -106,6 +114,7 @@ class Alone:
     """The only node."""
 
     is_over = False
+    is_newcomer = False
 
     def __init__(self, options: LaunchOptions) -> None:
         self._options = options
