@@ -209,6 +209,27 @@ assert os.read(read_end, 5) == b"ready"
 
 
 @pytest.mark.campaign
+def test_a_snapshot_process_that_is_stopped_for_a_while_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import signal; print('up', flush=True); signal.pause()")
+    with started("run.id=stopped", "train.py", cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        record = RunPaths.of("stopped", os.environ["MNEMO_RUN__DIR"]).read_record()
+        assert record is not None
+        os.kill(record.pid, signal.SIGSTOP)
+        try:
+            lines = iter(process.stderr.readline, "")
+            assert any(f"{record.pid}, has given no answer for 5 s" in line for line in lines)
+        finally:
+            os.kill(record.pid, signal.SIGCONT)
+        assert "the snapshot process answers again, after" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        finish(process)
+
+
+@pytest.mark.campaign
 def test_a_stopped_snapshot_process_is_waited_for_with_a_line(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("""
 import os, signal

@@ -395,6 +395,59 @@ def test_a_crash_loop_ends_early_and_names_the_batch(tmp_path: Path) -> None:
     assert len(list((tmp_path / "logs").glob("life-*"))) == 2
 
 
+HEARD = """
+import asyncio, sys, time
+from pathlib import Path
+from mnemo.launcher import Agent, Hooks, LaunchOptions
+from mnemo.launcher.output import Terminal
+from mnemo.launcher.team import Alone
+from mnemo.recovery.journal import Journal
+
+root = Path(sys.argv[1])
+options = LaunchOptions(
+    command=(sys.executable, "-c", "raise SystemExit(3)"),
+    run_id="r", ranks=1, log_dir=root / "logs", max_restarts=1,
+)
+beats = 0
+
+class Team(Alone):
+    def watch(self, changed):
+        global beats
+        beats += 1
+        asyncio.get_running_loop().call_later(0.01, self.watch, changed)
+
+def slow(name, answer):
+    def ask():
+        before = beats
+        time.sleep(0.5)
+        print("HEARD", name, beats - before > 5)
+        return answer
+    return ask
+
+hooks = Hooks(ensure_smp=slow("ensure", None), position=slow("position", None),
+              taken=slow("taken", False), silent=slow("silent", 0))
+agent = Agent(options, journal=Journal(root / "r.jsonl"), terminal=Terminal(), hooks=hooks,
+              team=Team(options))
+print("CODE", agent.run())
+"""
+
+
+def test_an_agent_is_heard_while_the_snapshot_process_lets_it_wait(tmp_path: Path) -> None:
+    """Other nodes would count it as lost."""
+    ended = subprocess.run(
+        [sys.executable, "-c", HEARD, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=True,
+    )
+    said = [line.split()[1:] for line in ended.stdout.splitlines() if line.startswith("HEARD")]
+    *during, at_the_end = [(name, heard == "True") for name, heard in said if name != "silent"]
+    assert during == [(name, True) for name in ("ensure", "position", "taken")] * 2
+    assert at_the_end[0] == "taken"
+    assert "CODE 3" in ended.stdout
+
+
 @pytest.mark.parametrize(
     "words", [("--nproc-per-node=1",), ("recover.in_process=off", "--nproc-per-node=2")]
 )

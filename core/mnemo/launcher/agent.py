@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from mnemo.clock import Clock, SystemClock
 from mnemo.config import format_duration
 from mnemo.errors import CrashLoopError, LaunchError, RunInUseError
+from mnemo.launcher import silence
 from mnemo.launcher.c10d import StoreHost
 from mnemo.launcher.failures import Failures
 from mnemo.launcher.family import adopt_orphans, end_descendants, reap_orphans
@@ -82,6 +83,7 @@ class Agent:
         self._changed = asyncio.Event()
         self._stopped_by: int | None = None
         self._hurry = False
+        self._starts_smp = False
         self._words = ""
         """What the exit code means, where others have ended the job."""
         self._failures = Failures(
@@ -122,10 +124,9 @@ class Agent:
             well = code == EXIT_OK
         except RunInUseError:
             raise  # the journal is another job's
-        except CrashLoopError as error:
-            self.exit_code = error.code
-            raise
         except BaseException as error:
+            if isinstance(error, CrashLoopError):
+                self.exit_code = error.code
             self._journal.write("end", code=self.exit_code, error=str(error))
             raise
         finally:
@@ -165,9 +166,10 @@ class Agent:
 
     async def _live(self) -> int | None:
         """One life; the exit code of the job, or None if there is to be another life."""
-        self._hooks.ensure_smp()
+        await self._ensure_smp()
         life = self._life = Life(self._options.log_dir)
         patience_s = 0.0
+        listening: asyncio.Task[None] | None = None
         try:
             seat = await self._unless_stopped(self._team.take_seat(life.port))
             if isinstance(seat, Ended):
@@ -177,11 +179,14 @@ class Agent:
                 return None
             self._failures.begin(life, seat)
             self._start(life, seat)
+            listening = asyncio.create_task(silence.watch(self._hooks.silent, self._terminal.say))
             verdict = await self._supervise(life)
             if verdict == Ended(0):
                 patience_s = self._options.grace_s
         finally:
             life.kill()
+            if listening:
+                listening.cancel()
             if self._replacing:
                 await self._replacing.end()
             immortal = await end_descendants(patience_s, lambda: self._hurry)
@@ -199,6 +204,15 @@ class Agent:
             if everywhere is not None or self._stopped_by is not None:
                 return verdict.code if everywhere is None else everywhere
         return await self._failures.elsewhere(self._not_replaced())
+
+    async def _ensure_smp(self) -> None:
+        """In a thread: one that hangs is waited for, and this node's agent is heard meanwhile."""
+        self._starts_smp = True  # and reaps what it starts for that
+        try:
+            await asyncio.to_thread(self._hooks.ensure_smp)
+        finally:
+            self._starts_smp = False
+            self._reap_orphans()
 
     async def _unless_stopped(
         self, waiting: Coroutine[Any, Any, _T], patience_s: float = 0.0
@@ -280,8 +294,13 @@ class Agent:
         done = self._stopped_by is None and all(code == EXIT_OK for code in life.exits.values())
         if not done or self._hurry:
             return False
-        # In a thread: who is asked may hang, and ranks must be fenced off in time all the same.
-        return not await asyncio.to_thread(self._hooks.training)
+        # Who is asked may hang: whatever happens meanwhile counts first, as that ranks are to end.
+        self._changed.clear()
+        asking = asyncio.ensure_future(asyncio.to_thread(self._hooks.training))
+        asking.add_done_callback(lambda _: self._changed.set())
+        if not self._team.is_over:
+            await self._changed.wait()
+        return not (asking.done() and asking.result())
 
     def _exited(self, worker: Worker, code: int) -> None:
         life = self._life
@@ -307,6 +326,8 @@ class Agent:
         self._changed.set()
 
     def _reap_orphans(self) -> None:
+        if self._starts_smp:
+            return
         own = self._life.pids if self._life else set()
         reap_orphans(own | (self._replacing.pids if self._replacing else set()))
 

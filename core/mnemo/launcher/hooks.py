@@ -23,9 +23,13 @@ def _unknown() -> bool:
     return False
 
 
+def _nobody() -> int:
+    return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """One function for each question.
+    """One function for each question, any of which may take seconds: ask it in a thread.
 
     Attributes:
         ensure_smp: Called before the ranks of each life start.
@@ -35,6 +39,8 @@ class Hooks:
             this one lives.
         ended: Called when the job is over, with whether all ranks ended well; says what state is
             kept, or nothing.
+        silent: The snapshot process, by its number, where there is one and it gives no answer
+            within seconds; 0 otherwise.
     """
 
     ensure_smp: Callable[[], None] = _nothing
@@ -42,3 +48,4 @@ class Hooks:
     training: Callable[[], bool] = _unknown
     taken: Callable[[], bool] = _unknown
     ended: Callable[[bool], str | None] = _keeps_nothing
+    silent: Callable[[], int] = _nobody

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _PATIENCE_S: Final = 5.0
 """How long a snapshot process may take to answer what the agent can do without."""
+_LEAST_S: Final = 0.1
 
 
 def smp_hooks(paths: RunPaths, *, alone: bool = True) -> Hooks:
@@ -82,7 +83,14 @@ def smp_hooks(paths: RunPaths, *, alone: bool = True) -> Hooks:
             f"MNEMO_RUN_ID={paths.run_id} to go on, or give it up with mnemo clean {paths.run_id}"
         )
 
-    return Hooks(ensure, position, lambda: bool(unfinished()), lambda: bool(others()), ended)
+    return Hooks(
+        ensure,
+        position,
+        training=lambda: bool(unfinished()),
+        taken=lambda: bool(others()),
+        ended=ended,
+        silent=lambda: _silent(paths),
+    )
 
 
 def _training(paths: RunPaths) -> list[int]:
@@ -107,13 +115,19 @@ def _refuse_while(others: Callable[[], list[int]], run_id: str) -> None:
         time.sleep(0.1)
 
 
-def _say_if_silent(paths: RunPaths) -> None:
-    """Tell why a start may take long: one that is stopped or stuck is waited for, up to a limit."""
-    begun = time.monotonic()
+def _silent(paths: RunPaths) -> int:
+    """See `Hooks.silent`. One that is not there answers at once, so to speak."""
+    record, begun = paths.read_record(), time.monotonic()
     client = lifecycle.find(paths, _PATIENCE_S)
     if client is not None:
         client.close()
-    elif time.monotonic() - begun >= _PATIENCE_S:
+        return 0
+    return record.pid if record and time.monotonic() - begun >= _PATIENCE_S else 0
+
+
+def _say_if_silent(paths: RunPaths) -> None:
+    """Tell why a start may take long: one that is stopped or stuck is waited for, up to a limit."""
+    if _silent(paths):
         print(
             f"mnemo: the snapshot process of run {paths.run_id} does not answer; it is waited for, "
             f"{lifecycle.START_TIMEOUT_S:.0f} s at most",
@@ -132,10 +146,11 @@ def _shut_down(paths: RunPaths) -> None:
 
 
 def status_of(paths: RunPaths, *, over: bool = False) -> list[dict[str, Any]]:
-    """Status of the trainings that have begun; none if that cannot be told.
+    """Status of the trainings that have begun; none if that cannot be told in a few seconds.
 
     ``over``: the program ended well, so those that finished are given back first.
     """
+    deadline = time.monotonic() + _PATIENCE_S
     try:
         client = lifecycle.find(paths, _PATIENCE_S)
         if client is None:
@@ -143,7 +158,9 @@ def status_of(paths: RunPaths, *, over: bool = False) -> list[dict[str, Any]]:
         with client:
             if over:
                 client.tell(m.Over())
-            found: list[dict[str, Any]] = client.status()["fits"]
+                deadline = time.monotonic() + _PATIENCE_S
+            left = max(deadline - time.monotonic(), _LEAST_S)
+            found: list[dict[str, Any]] = client.status(timeout_s=left)["fits"]
             return found
     except MnemoError:
         return []

@@ -116,9 +116,9 @@ class SmpClient:
         finally:
             self._lock.release()
 
-    def status(self) -> dict[str, Any]:
+    def status(self, *, timeout_s: float = REPLY_TIMEOUT_S) -> dict[str, Any]:
         """The SMP's status as plain data."""
-        reply, _ = self.ask(m.Status(), m.StatusReply)
+        reply, _ = self.ask(m.Status(), m.StatusReply, timeout_s=timeout_s)
         return msgspec.json.decode(reply.body)  # type: ignore[no-any-return]
 
     def wait_for_end(self, timeout_s: float = 10.0) -> bool:
