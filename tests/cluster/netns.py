@@ -109,9 +109,9 @@ class Host:
         self.home.mkdir(mode=0o700)
 
     def add_dead_end(self, name: str) -> None:
-        """An interface that leads to no other node: its address is 10.99.0.1."""
+        """An interface that leads to no other node: its address is 10.66.0.1."""
         _ip("-n", self.namespace, "link", "add", name, "type", "veth", "peer", "name", f"{name}2")
-        _ip("-n", self.namespace, "addr", "add", "10.99.0.1/24", "dev", name)
+        _ip("-n", self.namespace, "addr", "add", "10.66.0.1/24", "dev", name)
         for end in (name, f"{name}2"):
             _ip("-n", self.namespace, "link", "set", end, "up")
 

@@ -45,7 +45,7 @@ def test_ranks_are_fenced_off_though_the_snapshot_process_hangs(tmp_path: Path) 
 
     async def run() -> None:
         options = LaunchOptions(
-            command=(sys.executable,), run_id="run", ranks=2, log_dir=tmp_path, grace_s=0.0
+            command=(sys.executable,), run_id="run", ranks=2, log_dir=tmp_path, grace_s=0.2
         )
         team = Fenced(options)
         agent = Agent(

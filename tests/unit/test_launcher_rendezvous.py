@@ -144,7 +144,7 @@ def test_agents_on_one_machine_have_places_of_their_own_before_they_listen() -> 
     with socket.socket() as probe:
         probe.bind(("", 0))
         own = f"127.0.0.1:{probe.getsockname()[1]}"
-    first, claim = rendezvous.claim_place("127.0.0.1", (own,))
+    first, claim = rendezvous.claim_place("run", "127.0.0.1", (own,))
     with claim:
         assert first == own
         assert place(own) != own
@@ -152,7 +152,7 @@ def test_agents_on_one_machine_have_places_of_their_own_before_they_listen() -> 
 
 
 def place(*places: str) -> str:
-    found, claim = rendezvous.claim_place("127.0.0.1", places)
+    found, claim = rendezvous.claim_place("run", "127.0.0.1", places)
     claim.close()
     return found
 

@@ -22,6 +22,7 @@ from mnemo.smp.paths import RunPaths
 from mnemo.transport.local import ConnectionLostError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from mnemo.launcher.said import Said
@@ -38,15 +39,22 @@ class Records:
 
     def __init__(self) -> None:
         self.there = True
+        self.asked = 0
         self._found: dict[str, msgspec.Struct] = {}
 
     async def put(self, key: str, record: msgspec.Struct) -> None:
         self._look()
         self._found.setdefault(key, record)
 
-    async def read(self, key: str, kind: type[Any]) -> Any:
+    async def set(self, key: str, record: msgspec.Struct) -> None:
         self._look()
-        return self._found.get(key)
+        self._found[key] = record
+
+    async def read_all(self, keys: Iterable[str], kind: type[Any]) -> list[Any]:
+        del kind
+        self._look()
+        self.asked += 1
+        return [self._found.get(key) for key in keys]
 
     def _look(self) -> None:
         if not self.there:
@@ -115,6 +123,23 @@ def test_a_store_may_be_silent_for_a_while_only() -> None:
     asyncio.run(run())
 
 
+def test_who_is_asked_to_end_is_named_and_all_are_asked_after_at_once() -> None:
+    async def run() -> None:
+        said = Records()
+        given: Said = said  # type: ignore[assignment]
+        many = [Company(given, list("abcdefgh"), rank, patience_s=60.0) for rank in range(8)]
+        waiting = asyncio.create_task(many[0].all("kept", Word, range(8)))
+        while not said.asked:
+            await asyncio.sleep(0.01)
+        before = said.asked
+        await many[5].say_gone()
+        with pytest.raises(SalvageError, match="node f was asked to end"):
+            await asyncio.wait_for(waiting, 10)
+        assert said.asked - before < 16
+
+    asyncio.run(run())
+
+
 class Silent:
     """A connection to a snapshot process that gives no answer."""
 
@@ -160,7 +185,7 @@ def test_who_is_asked_to_end_does_though_the_snapshot_process_hangs(
     said: Any = Records()
 
     async def run() -> None:
-        salvage = Salvage(RunPaths.of("run", tmp_path), epoch, 0, said)
+        salvage = Salvage(RunPaths.of("run", tmp_path), epoch, 0, said, print)
         storing = asyncio.create_task(salvage.run((0,)))
         await asyncio.to_thread(client.asked.wait)
         storing.cancel()
@@ -180,7 +205,7 @@ def test_who_was_not_seen_by_the_others_ends_with_words(tmp_path: Path) -> None:
     async def run() -> None:
         await Company(said, ("a", "b"), 0, patience_s=60.0).tell("there", There((0,)))
         with pytest.raises(SalvageError, match="node b was not seen by the others any more"):
-            await Salvage(RunPaths.of("run", tmp_path), epoch, 1, said).run(None)
+            await Salvage(RunPaths.of("run", tmp_path), epoch, 1, said, print).run(None)
 
     asyncio.run(run())
 
@@ -209,7 +234,7 @@ def test_nothing_stays_in_a_lost_nodes_name_where_it_is_given_up(
     said: Any = Records()
 
     async def run() -> None:
-        storing = asyncio.create_task(Salvage(paths, epoch, 0, said).run((0,)))
+        storing = asyncio.create_task(Salvage(paths, epoch, 0, said, print).run((0,)))
         await asyncio.to_thread(started.wait)
         storing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -227,4 +252,4 @@ def test_between_two_trainings_there_is_nothing_to_store(
     epoch = Epoch(1, Ballot(0, ""), 1, (Member("a", "0", "node-a"), Member("b", "0")))
     said: Any = Records()
     with pytest.raises(SalvageError, match="no training was under way on node node-a"):
-        asyncio.run(Salvage(RunPaths.of("run", tmp_path), epoch, 0, said).run((0,)))
+        asyncio.run(Salvage(RunPaths.of("run", tmp_path), epoch, 0, said, print).run((0,)))

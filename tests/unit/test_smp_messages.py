@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 import pytest
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MESSAGES = 100_000
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 REQUESTS: tuple[m.Message, ...] = (
     m.Hello(b"n" * 16, b"p" * 32),
@@ -64,7 +67,13 @@ def test_round_trip(request_: m.Message) -> None:
         m.Sealed(None, "rank 1 differs", "no space left"),
         m.Fetched(None),
         m.Flushed(-1, "no space left"),
-        m.Looked(0, {17: 16}, m.PersistSettings("s3://bucket/x", 600.0, 3)),
+        m.Looked(
+            0,
+            {17: 16},
+            m.PersistSettings("s3://bucket/x", 600.0, 3),
+            m.ProtectSettings("a", (("a", "b"),), 1, {"b": ("10.0.0.2", 5000)}),
+            {17: "f00"},
+        ),
         m.StatusReply(b"{}"),
     ],
     ids=lambda r: type(r).__name__,
@@ -73,6 +82,30 @@ def test_replies_round_trip_and_are_no_requests(reply: m.Message) -> None:
     assert m.decode_reply(m.encode(reply)) == reply
     with pytest.raises(ProtocolError):
         m.decode_request(m.encode(reply))
+
+
+def schema() -> dict[str, Any]:
+    """What all messages look like, without the words about them."""
+
+    def bare(part: Any) -> Any:
+        if isinstance(part, dict):
+            words = {"description", "title"} if "type" in part or "anyOf" in part else set()
+            return {key: bare(each) for key, each in part.items() if key not in words}
+        return [bare(each) for each in part] if isinstance(part, list) else part
+
+    kinds = (*get_args(m.Request), *get_args(m.Reply))
+    _, components = msgspec.json.schema_components(kinds, ref_template="{name}")
+    found = {name: bare(component) for name, component in sorted(components.items())}
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+def test_a_change_of_a_message_is_another_protocol() -> None:
+    """A snapshot process outlives an upgrade; who speaks otherwise has to be told apart.
+
+    Raise `mnemo.smp.messages.PROTOCOL`, and write the new `schema()` to the file of that number.
+    """
+    golden = GOLDEN / f"smp-protocol-{m.PROTOCOL}.json"
+    assert schema() == json.loads(golden.read_text())
 
 
 def mutations(rng: random.Random) -> list[Callable[[bytes], bytes]]:

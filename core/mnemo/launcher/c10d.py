@@ -161,7 +161,7 @@ class C10dStores:
         await self._host.serve(int(place.rpartition(":")[2]))
 
     async def forget(self, place: str, joined: str, count: int) -> None:
-        """See `mnemo.launcher.etcd.EtcdStores.forget`: it ends with its host."""
+        """See `mnemo.launcher.stores.AgentStores`: nothing stays, it ends with its host."""
 
     async def close(self) -> None:
         """Hang up, and end the Store that is hosted here."""

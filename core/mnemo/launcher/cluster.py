@@ -24,10 +24,11 @@ from mnemo.errors import (
     StoreLostError,
 )
 from mnemo.launcher import rendezvous
+from mnemo.launcher.endings import End, Endings
 from mnemo.launcher.operator import Operator
-from mnemo.launcher.restarts import Ended, Position
+from mnemo.launcher.restarts import Ended
 from mnemo.launcher.said import Said
-from mnemo.launcher.salvage import Salvage, Salvaged
+from mnemo.launcher.salvage import Salvage
 from mnemo.launcher.seat import Seat
 from mnemo.launcher.team import Report
 from mnemo.membership import Driver, Epoch, Machine, Member, Rules, Seal
@@ -37,9 +38,8 @@ from mnemo.types import EXIT_STATE_SAVED
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mnemo.launcher.c10d import C10dStores
-    from mnemo.launcher.etcd import EtcdStores
     from mnemo.launcher.rendezvous import Nodes
+    from mnemo.launcher.stores import AgentStores
     from mnemo.smp.paths import RunPaths
 
 _POLL_S: Final = 0.1
@@ -66,17 +66,6 @@ class Port(msgspec.Struct, frozen=True, array_like=True):
     number: int
 
 
-class End(msgspec.Struct, frozen=True, array_like=True):
-    """How a life ended, on one node or because of one."""
-
-    code: int | None
-    cause: str = ""
-    position: tuple[int, int, int] | None = None
-    refused: bool = False
-    leaves: str = ""
-    """The key of the agent whose node leaves for that, where the others do without it."""
-
-
 class Cluster:
     """One node's `mnemo.launcher.team.Team`, told by `mnemo.membership.Driver`.
 
@@ -100,7 +89,7 @@ class Cluster:
         *,
         rules: Rules,
         seal: Seal,
-        stores: C10dStores | EtcdStores,
+        stores: AgentStores,
         paths: RunPaths,
         saves: bool,
         say: Callable[[str], None],
@@ -116,6 +105,7 @@ class Cluster:
         self._machine = Machine(me, seal, rules, places, SystemClock().monotonic())
         self._driver = Driver(self._machine, stores, self, rules)
         self._said = Said(stores, self._machine, seal)
+        self._endings = Endings(self._said, me.key)
         self._operator = Operator(paths, self._machine, rules, say)
         self._driving: asyncio.Task[None] | None = None
         self._epoch: Epoch | None = None
@@ -142,7 +132,7 @@ class Cluster:
     def start(self, epoch: Epoch, node_rank: int) -> None:
         """An epoch has begun."""
         if node_rank <= _DEPUTIES:  # may have to host the next Store
-            self._warming = asyncio.ensure_future(self._stores.warm_up())
+            self._warming = self._warming or asyncio.ensure_future(self._stores.warm_up())
         self._granted = epoch
         self._came = self._came or epoch.number
         self._tell()
@@ -167,13 +157,13 @@ class Cluster:
         """See `Team.take_seat`."""
         self._idle.set()
         if self._driving is None:
-            await self._host_first()
+            await rendezvous.host_first(self._stores, self._places, self._me.store)
             self._driving = asyncio.create_task(self._driver.run())
         while True:
             epoch = await self._next_epoch()
             if isinstance(epoch, Ended):
                 return epoch
-            self._require_fit(epoch)
+            rendezvous.require_fit(epoch, self._nodes, self._me.ranks)
             self._idle.clear()
             me = epoch.rank_of(self._me.key)
             assert me is not None
@@ -196,39 +186,6 @@ class Cluster:
                         cause=were_lost(epoch.lost),
                     )
             self._idle.set()
-
-    def _require_fit(self, epoch: Epoch) -> None:
-        """Refuse to take part, or to wait, where the others were started otherwise.
-
-        Raises:
-            LaunchError: They were.
-        """
-        if len(epoch.members) != self._nodes.count:
-            raise LaunchError(
-                f"--nnodes={self._nodes}, but the others run with {len(epoch.members)} nodes: use "
-                "the same on all nodes"
-            )
-        ranks = {member.ranks for member in epoch.members}
-        if self._me.ranks not in ranks:
-            raise LaunchError(
-                f"--nproc-per-node={self._me.ranks}, but no other node of this run has so many "
-                f"ranks: they have {', '.join(map(str, sorted(ranks)))}"
-            )
-
-    async def _host_first(self) -> None:
-        """The first of the places has to be hosted by whom it belongs to, unless the run goes on.
-
-        Raises:
-            LaunchError: It cannot be hosted.
-        """
-        first = self._places[0]
-        if self._me.store != first or not await rendezvous.is_needed(self._stores, self._places):
-            return
-        try:
-            await self._stores.host(first)
-        except StoreLostError as error:
-            msg = f"{error}; use another port in --rdzv-endpoint, on all nodes"
-            raise LaunchError(msg) from error
 
     async def _next_epoch(self) -> Epoch | Ended:
         """Wait for it, and say what it is that one waits for; the job's end if that comes first."""
@@ -255,10 +212,12 @@ class Cluster:
             self._operator.hear()
             if self._machine.is_spare and loop.time() - begun > _SILENCE_S:
                 assert self._machine.committed is not None
-                self._require_fit(self._machine.committed)
+                rendezvous.require_fit(self._machine.committed, self._nodes, self._me.ranks)
             why = await self._waits_for()
+            if why:
+                why += self._operator.advice
             if loop.time() - begun > _SILENCE_S and why and why != said:
-                self._say(f"waiting: {why}{self._operator.advice}")
+                self._say(f"waiting: {why}")
                 said = why
         return self._granted
 
@@ -274,51 +233,46 @@ class Cluster:
         """Nobody took a lost node's place in time.
 
         Raises:
-            LaunchError: There was no life before.
+            LaunchError: There was no life before, of any node.
         """
         words = (
             f"waited {format_duration(self._rules.give_up_s)} (recover.no_spare): "
             f"{await self._waits_for()}"
         )
-        epoch = self._epoch
+        epoch, machine = self._epoch, self._machine
         if epoch is None:
-            raise LaunchError(words)
+            if machine.committed is None:
+                raise LaunchError(words)
+            return Ended(EXIT_STATE_SAVED, words)
         self._say(words)
         if self._saves:
             try:
-                found = await self._store_what_is_left(epoch)
+                if machine.is_stuck or epoch != machine.committed:
+                    raise SalvageError("other nodes may have decided to go on without this one")
+                rank = epoch.rank_of(self._me.key)
+                assert rank is not None
+                said = self._said.below(f"salvage/{epoch.number}")
+                salvage = Salvage(self._paths, epoch, rank, said, self._say)
+                found = await salvage.run(machine.left)
                 self._say(f"step {found.step} of all ranks is in {found.url}")
                 with contextlib.suppress(StoreLostError):  # whoever comes now comes too late
-                    await self._said.put(f"over/{epoch.number}", End(EXIT_STATE_SAVED))
+                    await self._endings.close(epoch, End(EXIT_STATE_SAVED))
                 return Ended(EXIT_STATE_SAVED)
             except MnemoError as error:
                 self._say(f"what is left is not stored: {error}")
         return Ended(EXIT_STATE_SAVED, _ONLY_IN_MEMORY)
 
-    async def _store_what_is_left(self, epoch: Epoch) -> Salvaged:
-        """See `Salvage`.
-
-        Raises:
-            MnemoError: It is not stored.
-        """
-        rank = epoch.rank_of(self._me.key)
-        assert rank is not None
-        if self._machine.is_stuck or epoch != self._machine.committed:
-            raise SalvageError("other nodes may have decided to go on without this one")
-        self._say("storing what the nodes that are left keep")
-        said = self._said.below(f"salvage/{epoch.number}")
-        return await Salvage(self._paths, epoch, rank, said).run(self._machine.left)
-
     async def _end_of_job(self) -> Ended | None:
         """That others have ended it, as a spare learns.
 
-        In etcd there may be the end of an earlier launch, which is none of this one's.
+        There may be the end of an earlier launch, which is none of this one's: what is there when
+        this agent comes.
         """
         epoch = self._machine.committed
         if not self._machine.place or epoch is None:
             return None
         with contextlib.suppress(StoreLostError):
-            end = await self._said.read(f"over/{epoch.number}", End)
+            end = await self._endings.closed(epoch)
             if self._earlier is None:
                 self._earlier = epoch.number if end and self._epoch is None else 0
             if end is not None and epoch.number != self._earlier:
@@ -373,16 +327,8 @@ class Cluster:
     async def why(self) -> Report:
         """See `Team.why`."""
         assert self._epoch is not None
-        end = None
-        with contextlib.suppress(StoreLostError):
-            end = await self._said.read(f"end/{self._epoch.number}", End)
-        if end is None:
-            return Report(cause="", silent=self._machine.silent)
-        position = Position(*end.position) if end.position else None
-        other = bool(end.leaves) and end.leaves != self._me.key
-        leaves = other or (end.refused and not self.is_newcomer)
-        code = None if leaves else end.code
-        return Report(cause=end.cause, position=position, code=code, leaves=leaves)
+        said = await self._endings.why(self._epoch, is_newcomer=self.is_newcomer)
+        return said or Report(cause="", silent=self._machine.silent)
 
     async def is_elsewhere(self, code: int, tail: Iterable[str]) -> bool:
         """See `Team.is_elsewhere`.
@@ -408,18 +354,9 @@ class Cluster:
     async def _report(self, report: Report, *, leaves: str) -> int | None:
         """``leaves``: the key of the agent whose node leaves for it, if one does."""
         assert self._epoch is not None
-        at, code = report.position, report.code
-        refused = report.refused and bool(self._epoch.lost)
-        if (refused and not self.is_newcomer) or leaves not in {"", self._me.key}:
-            code = None
-        position = (at.epoch, at.batch, at.step) if at else None
-        end = End(report.code, report.cause, position, refused, leaves)
-        with contextlib.suppress(StoreLostError):
-            first = await self._said.put(f"end/{self._epoch.number}", end)
-            if leaves and first != end:
-                code = None  # another node was faster, and may be the cause
-            if code is not None and not refused and not leaves:
-                code = (await self._said.put(f"over/{self._epoch.number}", end)).code
+        code = await self._endings.tell(
+            self._epoch, report, is_newcomer=self.is_newcomer, leaves=leaves
+        )
         if code is None:
             self._idle.set()
         self._driver.end_epoch()
@@ -428,20 +365,8 @@ class Cluster:
     async def all_ended(self, code: int) -> int | None:
         """See `Team.all_ended`."""
         self._idle.set()
-        epoch = self._epoch
-        assert epoch is not None
-        mine = epoch.rank_of(self._me.key)
-        keys = [f"exit/{epoch.number}/{rank}" for rank in range(len(epoch.members))]
-        while not self.is_over:
-            with contextlib.suppress(StoreLostError):
-                await self._said.put(f"exit/{epoch.number}/{mine}", End(code))
-                ends = [await self._said.read(key, End) for key in keys]
-                codes = [end.code or 0 for end in ends if end is not None]
-                if len(codes) == len(keys):
-                    await self._said.put(f"over/{epoch.number}", End(max(codes)))
-                    return max(codes)
-            await asyncio.sleep(_POLL_S)
-        return None
+        assert self._epoch is not None
+        return await self._endings.of_all(self._epoch, code, lambda: self.is_over)
 
     async def close(self) -> None:
         """See `Team.close`."""
@@ -451,21 +376,24 @@ class Cluster:
             self._idle.set()
             self._driving.cancel()
             await asyncio.wait({self._driving})
+        if self._warming is not None:
+            await asyncio.gather(self._warming, return_exceptions=True)  # its process ends with it
         await self._stores.close()
 
     async def _part(self) -> None:
-        """Whoever hosts the Store leaves last; with etcd node 0 does, and removes what is there."""
-        await self._said.put(f"left/{self._me.key}", End(0))
-        first = self._epoch.members[0].key if self._epoch else ""
+        """Whoever hosts the Store leaves last.
+
+        With etcd the first of those that are there does, and removes what is there.
+        """
+        await self._endings.leave()
+        here = self._machine.present
+        members = self._epoch.members if self._epoch else ()
+        first = next((member.key for member in members if member.key in here), "")
         hosts = self._machine.place == self._me.store
         if not hosts and not (self._rules.arbiter and first == self._me.key):
             return
-        left: set[str] = set()
-        while others := self._machine.present - left:
-            for key in others:
-                while await self._said.read(f"left/{key}", End) is None:
-                    await asyncio.sleep(_POLL_S)
-                left.add(key)
+        while (others := self._machine.present) - await self._endings.left(others):
+            await asyncio.sleep(_POLL_S)
         joined, count = self._machine.joined
         if count:
             await self._stores.forget(self._machine.place, joined, count)

@@ -29,7 +29,13 @@ _T = TypeVar("_T", bound=msgspec.Struct)
 
 
 class Alive(msgspec.Struct, frozen=True, array_like=True):
-    """An agent is."""
+    """An agent is; ``number`` grows each time that it says so."""
+
+    number: int
+
+
+class Gone(msgspec.Struct, frozen=True, array_like=True):
+    """An agent was asked to end."""
 
 
 class Company:
@@ -51,7 +57,7 @@ class Company:
         self._deadline = _now() + patience_s
         self._patience_s = patience_s
         self._heard: dict[int, tuple[int, float]] = {}
-        """Of each other one: how often, and until when it is to be heard again."""
+        """Of each other one: what was heard last, and until when it is to be heard again."""
 
     @contextlib.asynccontextmanager
     async def living(self) -> AsyncIterator[None]:
@@ -67,9 +73,14 @@ class Company:
         number = 0
         while True:
             with contextlib.suppress(StoreLostError):
-                await self._said.put(f"alive/{self._rank}/{number}", Alive())
                 number += 1
+                await self._said.set(f"alive/{self._rank}", Alive(number))
             await asyncio.sleep(_BEAT_S)
+
+    async def say_gone(self) -> None:
+        """Say that this agent is asked to end, if the Store takes it in a moment."""
+        with contextlib.suppress(StoreLostError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._said.put(f"gone/{self._rank}", Gone()), _BEAT_S)
 
     async def tell(self, key: str, record: msgspec.Struct) -> None:
         """Say ``record``.
@@ -115,28 +126,34 @@ class Company:
             records = [record for record in found if record is not None]
             if len(records) == len(found):
                 return records
-            for rank, record in zip(ranks, found, strict=True):
-                if record is None and rank != self._rank:
-                    await self._look_after(rank)
+            missing = [
+                rank
+                for rank, record in zip(ranks, found, strict=True)
+                if record is None and rank != self._rank
+            ]
+            await self._look_after(missing)
             await asyncio.sleep(_POLL_S)
 
-    async def _look_after(self, rank: int) -> None:
-        number, until = self._heard.setdefault(rank, (0, _now() + _COMES_S))
-        (alive,) = await self._read([f"alive/{rank}/{number}"], Alive)
-        if alive is not None:
-            self._heard[rank] = number + 1, _now() + _SILENCE_S
-        elif _now() > until:
-            raise SalvageError(f"node {self._addresses[rank]} is lost, too")
-        elif _now() > self._deadline:
-            raise SalvageError(
-                f"node {self._addresses[rank]} is not through after {self._patience_s:g} s"
-            )
+    async def _look_after(self, ranks: Collection[int]) -> None:
+        said = await self._read([f"alive/{rank}" for rank in ranks], Alive)
+        gone = await self._read([f"gone/{rank}" for rank in ranks], Gone)
+        for rank, alive, end in zip(ranks, said, gone, strict=True):
+            number, until = self._heard.setdefault(rank, (0, _now() + _COMES_S))
+            node = f"node {self._addresses[rank]}"
+            if end is not None:
+                raise SalvageError(f"{node} was asked to end")
+            if alive is not None and alive.number > number:
+                self._heard[rank] = alive.number, _now() + _SILENCE_S
+            elif _now() > until:
+                raise SalvageError(f"{node} is lost, too")
+            if _now() > self._deadline:
+                raise SalvageError(f"{node} is not through after {self._patience_s:g} s")
 
     async def _read(self, keys: list[str], kind: type[_T]) -> list[_T | None]:
         deadline = _now() + _SILENCE_S
         while True:
             try:
-                return [await self._said.read(key, kind) for key in keys]
+                return await self._said.read_all(keys, kind)
             except StoreLostError:
                 if _now() > deadline:
                     raise

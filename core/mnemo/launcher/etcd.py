@@ -179,13 +179,7 @@ class EtcdStores:
         raise StoreLostError(f"{place} is not hosted by a node")
 
     async def forget(self, place: str, joined: str, count: int) -> None:
-        """Remove all that the run has there, unless another agent has come.
-
-        Args:
-            place: Where it is.
-            joined: Key of the counter of agents.
-            count: What it is as long as no other has come.
-        """
+        """See `mnemo.launcher.stores.AgentStores`."""
         await (await self.store(place)).clear(joined, str(count).encode())
 
     async def close(self) -> None:

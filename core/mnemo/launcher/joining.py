@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mnemo.launcher.rendezvous import Nodes
+    from mnemo.launcher.stores import AgentStores
 
 
 def join(
@@ -69,13 +70,13 @@ def join(
     for name in rendezvous.unknown(places):
         say(f"--rdzv-endpoint: the host {name} is not known here; looking for the run elsewhere")
     rendezvous.require_reachable(host, places)
-    stores: C10dStores | EtcdStores
+    stores: AgentStores
     if etcd:
         store, stores = "", EtcdStores(run_id)
         places = (",".join(f"http://{place}" for place in places),)
     else:
         places = rendezvous.as_others_see(places, host)
-        store, claim = rendezvous.claim_place(host, places)
+        store, claim = rendezvous.claim_place(run_id, host, places)
         stores = C10dStores(run_id, claim)
     home = paths.directory.parent
     me = Member(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mnemo.membership import Machine, Rules
     from mnemo.smp.paths import RunPaths
+
+
+_ADVISES_S: Final = 15.0
+"""A Store that only moves is back by then, and nobody has to do anything."""
 
 
 class Operator:
@@ -28,12 +33,16 @@ class Operator:
         self._machine = machine
         self._rules = rules
         self._say = say
+        self._stuck_since: float | None = None
 
     @property
     def advice(self) -> str:
         """What can be done now; empty if nothing has to be."""
         machine = self._machine
-        if self._rules.arbiter or machine.committed is None or not machine.is_stuck:
+        since = self._stuck_since
+        if self._rules.arbiter or machine.committed is None or since is None:
+            return ""
+        if time.monotonic() - since < _ADVISES_S:
             return ""
         others = [m.address for m in machine.committed.members if m.key != machine.me.key]
         return (
@@ -47,10 +56,12 @@ class Operator:
             self._say(f"that {name} is lost was said before this node waited for it: not taken")
 
     def hear(self) -> None:
-        """Nodes that are vouched for are lost, unless they are heard of."""
+        """Nodes that are vouched for are lost, unless they are heard of; ask now and then."""
         machine = self._machine
         if not machine.is_stuck:
+            self._stuck_since = None
             return
+        self._stuck_since = self._stuck_since or time.monotonic()
         members = machine.committed.members if machine.committed else ()
         for name in self._take():
             found = [m for m in members if name in (m.address, m.node)]
@@ -66,9 +77,11 @@ class Operator:
                     machine.confirm_lost(member.key)
 
     def _take(self) -> list[str]:
+        taken = self._paths.verdicts.with_suffix(".taken")  # who speaks now speaks in another file
         try:
-            names = self._paths.verdicts.read_text().splitlines()
-            self._paths.verdicts.unlink()
+            self._paths.verdicts.replace(taken)
         except FileNotFoundError:
             return []
+        names = taken.read_text().splitlines()
+        taken.unlink()
         return names

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import ipaddress
+import os
 import re
 import socket
 import time
@@ -20,13 +22,15 @@ from mnemo.transport.address import Address
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mnemo.membership import Stores
+    from mnemo.membership import Epoch, Stores
 
 PORTS: Final[Mapping[str, int]] = {"static": 29400, "c10d": 29400, "etcd": 2379}
 """Default port of each backend."""
 _LEAVES_S: Final = 2.0
 """How long the Store of an agent that was killed may take to end."""
 _LOOK_S: Final = 0.05
+_MOST_PORTS: Final = 100
+"""So many are tried."""
 _REACH_S: Final = 5.0
 """How long another node may take to accept or refuse a connection."""
 _AGAIN_S: Final = 0.5
@@ -120,9 +124,17 @@ def endpoints(text: str, default_port: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def _resolve(host: str) -> str:
     """The address of ``host``; empty if it is not known."""
-    with contextlib.suppress(ValueError):
+    if _is_ip(host):
         return str(ipaddress.ip_address(host))
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -132,9 +144,8 @@ def _resolve(host: str) -> str:
 
 
 def unknown(places: tuple[str, ...]) -> list[str]:
-    """Hosts of `endpoints` that have no address here."""
-    hosts = [_host(place) for place in places]
-    return [host for host in hosts if not _resolve(host)]
+    """Hosts of `endpoints` that have no address here: they are there by name."""
+    return [host for host in map(_host, places) if not _is_ip(host)]
 
 
 def require_reachable(host: str, places: tuple[str, ...]) -> None:
@@ -177,10 +188,11 @@ def _port(place: str) -> int:
     return int(place.rpartition(":")[2])
 
 
-def claim_place(host: str, places: tuple[str, ...]) -> tuple[str, socket.socket]:
+def claim_place(run_id: str, host: str, places: tuple[str, ...]) -> tuple[str, socket.socket]:
     """Where this node would host a Store: at one of ``places`` if that is its own.
 
     Args:
+        run_id: Of the run, whose agents on this machine get along with each other.
         host: The address that other nodes reach this one by.
         places: See `endpoints`.
 
@@ -188,28 +200,31 @@ def claim_place(host: str, places: tuple[str, ...]) -> tuple[str, socket.socket]
         The place, and what holds it against other agents on this machine until it is closed.
 
     Raises:
-        LaunchError: The run's first Store has to be here, and another program has its port.
+        LaunchError: The run's first Store has to be here, and another program, or run, has its
+            port; or no port can be had.
     """
     own = _own_hosts()
     port = _port(places[0])
     mine = [place for place in places if _host(place) in own]
     wanted = mine[0] if mine else str(Address(host, port))
-    claim = _claim(_port(wanted))
+    claim = _claim(run_id, _port(wanted))
     deadline = time.monotonic() + _LEAVES_S
-    while claim is None and wanted == places[0] and not _is_an_agents(_port(wanted)):
+    while claim is None and wanted == places[0] and not _is_an_agents(run_id, _port(wanted)):
         if time.monotonic() > deadline:
             raise LaunchError(
-                f"--rdzv-endpoint: nodes meet at {wanted} here, where another program listens: use "
-                "another port, on all nodes"
+                f"--rdzv-endpoint: nodes meet at {wanted} here, where another program or run "
+                "listens: use another port, on all nodes"
             )
         time.sleep(_LOOK_S)
-        claim = _claim(_port(wanted))
-    while claim is None:  # another agent has it, or will host there before long
-        with socket.socket() as probe:
+        claim = _claim(run_id, _port(wanted))
+    for _ in range(_MOST_PORTS):
+        if claim is not None:
+            return wanted, claim
+        with socket.socket() as probe:  # another agent has it, or will host there before long
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        wanted, claim = str(Address(host, port)), _claim(port)
-    return wanted, claim
+        wanted, claim = str(Address(host, port)), _claim(run_id, port)
+    raise LaunchError(f"no port of {host} can be had for the run's Store: see ss -xl and ulimit -n")
 
 
 def _own_hosts() -> set[str]:
@@ -218,12 +233,12 @@ def _own_hosts() -> set[str]:
     return {entry.address.partition("%")[0] for found in interfaces for entry in found}
 
 
-def _claim(port: int) -> socket.socket | None:
-    """Have ``port`` among the agents of this machine, long before anybody listens there.
+def _claim(run_id: str, port: int) -> socket.socket | None:
+    """Have ``port`` among the run's agents on this machine, long before anybody listens there.
 
     By a name that ends with its process and is known where the port is: in the network namespace.
     """
-    claim = _name(port)
+    claim = _name(run_id, port)
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -235,25 +250,42 @@ def _claim(port: int) -> socket.socket | None:
     return claim
 
 
-def _name(port: int) -> socket.socket | None:
+def _name(run_id: str, port: int) -> socket.socket | None:
+    run = hashlib.sha256(f"{os.getuid()} {run_id}".encode()).hexdigest()[:16]
     name = socket.socket(socket.AF_UNIX)
     try:
-        name.bind(f"\0mnemo-store-{port}")
+        name.bind(f"\0mnemo-store-{run}-{port}")
     except OSError:
         name.close()
         return None
     return name
 
 
-def _is_an_agents(port: int) -> bool:
-    """Whether an agent of this machine has claimed it."""
-    name = _name(port)
+def _is_an_agents(run_id: str, port: int) -> bool:
+    """Whether an agent of the run on this machine has claimed it."""
+    name = _name(run_id, port)
     if name is not None:
         name.close()
     return name is None
 
 
-async def is_needed(stores: Stores, places: tuple[str, ...]) -> bool:
+async def host_first(stores: Stores, places: tuple[str, ...], own: str) -> None:
+    """Host the first of ``places`` if that is ``own``, unless the run goes on elsewhere.
+
+    Raises:
+        LaunchError: It cannot be hosted.
+    """
+    first = places[0]
+    if own != first or not await _is_needed(stores, places):
+        return
+    try:
+        await stores.host(first)
+    except StoreLostError as error:
+        msg = f"{error}; use another port in --rdzv-endpoint, on all nodes"
+        raise LaunchError(msg) from error
+
+
+async def _is_needed(stores: Stores, places: tuple[str, ...]) -> bool:
     """Whether no node that answers has a Store of this run, as at its beginning."""
 
     async def has_one(place: str) -> bool:
@@ -264,6 +296,30 @@ async def is_needed(stores: Stores, places: tuple[str, ...]) -> bool:
         return False
 
     return not any(await asyncio.gather(*map(has_one, places)))
+
+
+def require_fit(epoch: Epoch, nodes: Nodes, ranks: int) -> None:
+    """Refuse to take part, or to wait, where the others were started otherwise.
+
+    Args:
+        epoch: Theirs.
+        nodes: ``--nnodes`` of this one.
+        ranks: ``--nproc-per-node`` of this one.
+
+    Raises:
+        LaunchError: They were.
+    """
+    if len(epoch.members) != nodes.count:
+        raise LaunchError(
+            f"--nnodes={nodes}, but the others run with {len(epoch.members)} nodes: use the same "
+            "on all nodes"
+        )
+    theirs = {member.ranks for member in epoch.members}
+    if ranks not in theirs:
+        raise LaunchError(
+            f"--nproc-per-node={ranks}, but no other node of this run has so many ranks: they have "
+            f"{', '.join(map(str, sorted(theirs)))}"
+        )
 
 
 async def why_unreached(host: str, port: int, me: str) -> str:

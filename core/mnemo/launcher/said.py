@@ -49,16 +49,33 @@ class Said:
         there = await store.compare_set(key, None, self._seal.wrap(key, record))
         return self._open(key, there, type(record)) or record
 
+    async def set(self, key: str, record: msgspec.Struct) -> None:
+        """Set what one agent alone sets, again and again.
+
+        Raises:
+            StoreLostError: The Store does not answer.
+        """
+        key = self._prefix + key
+        await (await self._store()).set(key, self._seal.wrap(key, record))
+
     async def read(self, key: str, kind: type[_T]) -> _T | None:
         """What it was set to; None if nobody did.
 
         Raises:
             StoreLostError: The Store does not answer.
         """
-        key = self._prefix + key
-        store = await self._store()
-        (raw,) = await store.get((key,))
-        return self._open(key, raw, kind)
+        (found,) = await self.read_all((key,), kind)
+        return found
+
+    async def read_all(self, keys: Iterable[str], kind: type[_T]) -> list[_T | None]:
+        """As `read`, of several keys at once.
+
+        Raises:
+            StoreLostError: The Store does not answer.
+        """
+        names = tuple(self._prefix + key for key in keys)
+        found = await (await self._store()).get(names) if names else ()
+        return [self._open(name, raw, kind) for name, raw in zip(names, found, strict=True)]
 
     def _open(self, key: str, raw: bytes | None, kind: type[_T]) -> _T | None:
         if raw is not None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -23,7 +24,7 @@ from mnemo.smp.paths import RunPaths
 from mnemo.transport.local import close_all
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from mnemo.launcher.said import Said
     from mnemo.membership import Epoch
@@ -36,6 +37,8 @@ _KEEP_ALIVE_S: Final = 60.0
 _FIND_S: Final = 20.0
 """How long this node's snapshot process may take to answer at first."""
 _FAREWELL_S: Final = 5.0
+_LEAST_S: Final = 1.0
+_T = TypeVar("_T")
 
 
 class There(msgspec.Struct, frozen=True, array_like=True):
@@ -45,10 +48,16 @@ class There(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Kept(msgspec.Struct, frozen=True, array_like=True):
-    """What one agent can store: step by tick, each for all of ``nodes``."""
+    """What one agent can store, each for all of ``nodes``.
+
+    Attributes:
+        nodes: Its own node rank, and those of lost ones that it has rebuilt.
+        steps: By tick, the step, and which life took it.
+        failure: Why it can store nothing.
+    """
 
     nodes: tuple[int, ...]
-    steps: dict[int, int]
+    steps: dict[int, tuple[int, str]]
     failure: str = ""
 
 
@@ -79,15 +88,20 @@ class Salvage:
         epoch: The membership that the run ended in.
         rank: This node's in it.
         said: Told of this epoch.
+        say: Tells the user.
     """
 
-    def __init__(self, paths: RunPaths, epoch: Epoch, rank: int, said: Said) -> None:
+    def __init__(
+        self, paths: RunPaths, epoch: Epoch, rank: int, said: Said, say: Callable[[str], None]
+    ) -> None:
         self._paths = paths
         self._epoch = epoch
         self._rank = rank
         self._said = said
+        self._say = say
         self._parts: list[_Part] = []
         self._given_up = False
+        self._deadline = time.monotonic() + _PATIENCE_S
 
     async def run(self, there: Collection[int] | None) -> Salvaged:
         """Store the newest step that all nodes have; returns when all have stored it.
@@ -107,6 +121,7 @@ class Salvage:
             self._given_up = True
             for part in self._parts:
                 part.hang_up()
+            await company.say_gone()
             raise
         finally:
             for part in self._parts:
@@ -122,14 +137,16 @@ class Salvage:
                 "without it"
             )
         try:
-            kept = await asyncio.to_thread(self._gather, left)
+            own = await self._in_thread(self._find)
+            self._say("storing what the nodes that are left keep")
+            kept = await self._in_thread(self._rebuild, own, left)
         except (MnemoError, OSError) as error:
             kept = Kept((), {}, without_password(str(error)))
         await company.tell(f"kept/{self._rank}", kept)
         tick, step = self._choose(await company.all("kept", Kept, left))
         try:
             for part in self._parts:
-                await asyncio.to_thread(part.store, tick, step)
+                await asyncio.to_thread(part.store, tick, step, self._deadline)
             stored = Stored()
         except (MnemoError, OSError) as error:
             stored = Stored(without_password(str(error)))
@@ -157,25 +174,30 @@ class Salvage:
         common = set.intersection(*(set(each.steps.items()) for each in kept))
         if not common:
             raise SalvageError("the nodes have no snapshot in common")
-        return max(common)
+        tick, (step, _) = max(common)
+        return tick, step
+
+    async def _in_thread(self, work: Callable[..., _T], *words: Any) -> _T:
+        """Who gives it up does not wait for it."""
+
+        def do() -> _T:
+            try:
+                return work(*words)
+            finally:
+                if self._given_up:
+                    for part in self._parts:
+                        part.close()
+
+        return await asyncio.to_thread(do)
 
     # --- in a thread --------------------------------------------------------------------------
 
-    def _gather(self, left: Collection[int]) -> Kept:
-        """See `_find_and_rebuild`; who gave it up does not wait for it."""
-        try:
-            return self._find_and_rebuild(left)
-        finally:
-            if self._given_up:
-                for part in self._parts:
-                    part.close()
-
-    def _find_and_rebuild(self, left: Collection[int]) -> Kept:
-        """Find this node's part, and have those of the lost nodes rebuilt that fall to this one.
+    def _find(self) -> _Part:
+        """Find this node's part.
 
         Raises:
-            SalvageError: It cannot be stored, or not be rebuilt.
-            MnemoError: Or a snapshot process does not do its part.
+            SalvageError: It cannot be stored.
+            MnemoError: The snapshot process does not do its part.
         """
         client = lifecycle.find(self._paths, _FIND_S)
         if client is None:
@@ -193,13 +215,25 @@ class Salvage:
             raise SalvageError("persist.to is not set")
         if protect is None or protect.node != m.node_name(self._rank):
             raise SalvageError(f"node {self._address(self._rank)} is protected by no others")
+        return own
+
+    def _rebuild(self, own: _Part, left: Collection[int]) -> Kept:
+        """Have those parts of the lost nodes rebuilt that fall to this one.
+
+        Raises:
+            SalvageError: One cannot be.
+            MnemoError: Or a snapshot process does not do its part.
+        """
+        persist, protect = own.looked.persist, own.looked.protect
+        assert persist is not None
+        assert protect is not None
         group = [m.node_name(rank) for rank in left if m.node_name(rank) in protect.group]
         lost = [rank for rank in range(len(self._epoch.members)) if rank not in left]
         lost = [rank for rank in lost if m.node_name(rank) in protect.group]
         mine = lost[group.index(protect.node) :: len(group)]
         for rank in mine:
             self._stand_in(rank, own.looked.fit, persist, protect)
-        steps = [set(part.look().steps.items()) for part in self._parts]
+        steps = [set(part.look().items()) for part in self._parts]
         return Kept((self._rank, *mine), dict(set.intersection(*steps)))
 
     def _stand_in(
@@ -227,6 +261,10 @@ class Salvage:
             close_all(clients[number].ask(join, m.Joined)[1])
         while not (recalled := clients[0].ask(m.Recall(), m.Recalled)[0]).over:
             self._go_on()
+            if time.monotonic() > self._deadline:
+                raise SalvageError(
+                    f"what node {self._address(rank)} had is not back after {_PATIENCE_S:g} s"
+                )
         if recalled.failure:
             raise SalvageError(
                 f"what node {self._address(rank)} had does not come back: {recalled.failure}"
@@ -260,19 +298,21 @@ class _Part:
         self.looked: m.Looked
         """What it kept when it was looked at last."""
 
-    def look(self) -> m.Looked:
-        """What it keeps now."""
+    def look(self) -> dict[int, tuple[int, str]]:
+        """What it keeps now: see `Kept.steps`."""
         self.looked, _ = self._clients[0].ask(m.Look(), m.Looked)
-        return self.looked
+        lives = self.looked.lives
+        return {tick: (step, lives.get(tick, "")) for tick, step in self.looked.steps.items()}
 
-    def store(self, tick: int, step: int) -> None:
-        """Have generation ``tick`` stored.
+    def store(self, tick: int, step: int, deadline: float) -> None:
+        """Have generation ``tick`` stored, until ``deadline`` of the monotonic clock.
 
         Raises:
             SalvageError: That failed.
         """
         request = m.Flush(self.looked.fit, tick)
-        flushed, _ = self._clients[0].ask(request, m.Flushed, timeout_s=_PATIENCE_S)
+        left = max(deadline - time.monotonic(), _LEAST_S)
+        flushed, _ = self._clients[0].ask(request, m.Flushed, timeout_s=left)
         if flushed.step != step:
             raise SalvageError(f"step {step} could not be stored: {flushed.failure}")
 

@@ -1,7 +1,7 @@
 """Until when a node may let its workers run.
 
 The Store's head carries rounds. A node that reads a round says so in its next beat, and thereby
-promises not to take part in another Store for `Timing.move_s` from that reading on. Once a quorum
+promises not to take part in another Store for `Rules.move_s` from that reading on. Once a quorum
 has read round g, the coordinator writes ``granted = g``.
 
 A node remembers when it began the last turn in which it still read a round before g. Round g was

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -82,6 +83,13 @@ class Commits:
         fds = [self._buffers[key] for key in held.items()]
         return m.Fetched(m.Generation(*committed)), fds, slots
 
+    def life_of(self, tick: int) -> str:
+        """Which life of the ranks took generation ``tick``; empty if its segments do not say."""
+        for key in self._shelf.members_of(tick).items():
+            with contextlib.suppress(IntegrityError):
+                return self._buffers.meta(key).identity.get("life", "")
+        return ""
+
     def look(self) -> None:
         """Something was sealed or voided: follow up a new commit."""
         committed = self.newest
@@ -157,9 +165,11 @@ class Commits:
         """Persist generation ``tick``, if it is there, or the newest."""
         persister = self.persister
         if persister is None:
-            return m.Flushed(-1)
+            return m.Flushed(-1, "persist.to is not set" if tick is not None else "")
         async with persister.lock:  # what is newest then
             pinned = self._pin(tick)
+        if tick is not None and pinned[0] is None:
+            return m.Flushed(persister.newest_step, f"generation {tick} is not kept any more")
         await self._persist(persister, pinned)
         failed = pinned[0] not in (None, persister.newest)
         return m.Flushed(persister.newest_step, persister.failure if failed else "")

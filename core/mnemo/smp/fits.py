@@ -179,7 +179,9 @@ class Fit:
         """See `m.Look`."""
         commits = self.commits
         persist = None if commits.persister is None else commits.persister.settings
-        return m.Looked(self.number, self.shelf.all_committed(), persist, commits.settings)
+        steps = self.shelf.all_committed()
+        lives = {tick: commits.life_of(tick) for tick in steps}
+        return m.Looked(self.number, steps, persist, commits.settings, lives)
 
     # --- generations --------------------------------------------------------------------------
 

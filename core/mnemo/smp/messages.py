@@ -12,7 +12,9 @@ import msgspec
 from mnemo.config.kinds import without_password
 from mnemo.errors import ProtocolError
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
+"""To be raised with any change of a message: a snapshot process outlives an upgrade by
+`snapshot.keep_alive`. A test knows when."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """A number that fits the segment header: ticks, steps, ranks, sizes in bytes."""
@@ -305,7 +307,7 @@ class Flushed(Message, frozen=True):
 
     step: int
     failure: str = ""
-    """Why none could be written this time; empty if it was, or there was nothing to write."""
+    """Why none could be written this time; empty if it was, or nothing was asked for by name."""
 
 
 class Look(Message, frozen=True):
@@ -321,6 +323,8 @@ class Looked(Message, frozen=True):
     """Step by tick, of all committed generations."""
     persist: PersistSettings | None = None
     protect: ProtectSettings | None = None
+    lives: dict[int, str] = {}
+    """By tick, the life that took it, where that is known: the same on all ranks."""
 
 
 class Status(Message, frozen=True):
