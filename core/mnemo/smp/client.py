@@ -52,9 +52,11 @@ class SmpClient:
         try:
             challenge = _receive(channel, m.Challenge)
             if challenge.protocol != m.PROTOCOL:
+                pid = record.pid if record else "that answers"
                 raise ProtocolError(
                     f"the snapshot process speaks protocol {challenge.protocol}, this mnemo "
-                    f"{m.PROTOCOL}: it belongs to another version"
+                    f"{m.PROTOCOL}: it belongs to another version. Go on with that one, or kill "
+                    f"process {pid}, and what it keeps with it"
                 )
             nonce = auth.new_nonce()
             channel.send(
