@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp16 hook": {},
     "accumulation": {},
     "synchronised statistics": {},
+    "keeps all": {},
 }
 
 
@@ -102,6 +103,8 @@ class Training:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(each), torch.zeros_like(each)
         self._ledger = folder / f"rank{rank}"
+        self.keeps_all = variant == "keeps all"
+        """Whoever comes in a lost one's place has what ranks have alike from there, too."""
         self.rank, self.tick, self._passes = rank, 0, 0
         self._losses: list[float] = []
         self._inner, self._ended = 0, False
@@ -121,6 +124,7 @@ class Training:
             "random": torch.get_rng_state(),
             "buffers": list(self.model.buffers()),
             "layout": comm_ddp.layout(self.ddp),
+            "shared": self.shared() if self.keeps_all else [],
         }
         torch.save(own, self._ledger.with_suffix(".new"))
         self._ledger.with_suffix(".new").rename(self._ledger)
@@ -134,6 +138,9 @@ class Training:
         with torch.no_grad():
             for each, value in zip(self.model.buffers(), own["buffers"], strict=True):
                 each.copy_(value)
+            if self.keeps_all:
+                for each, value in zip(self.shared(), own["shared"], strict=True):
+                    each.copy_(value)
         comm_ddp.adopt(self.ddp, own["layout"])
 
     def run(self) -> Outcome:
@@ -161,6 +168,7 @@ class Training:
             mean = loss.detach().clone()
             dist.all_reduce(mean)
             self._losses.append(mean.item())
+            self._at("behind the update")
             self.tick += 1
             self.keep()
             self._at("boundary")
@@ -254,10 +262,11 @@ class _Member:
     def _join(self, epoch: int, members: list[int], joining: dict[int, int]) -> None:
         try:
             source = min(set(range(len(members))) - set(joining), default=-1)
-            if joining and self._training.rank in {source, *joining}:
+            whole, new = self._training.keeps_all, self._training.rank in joining
+            if joining and not whole and (new or self._training.rank == source):
                 tensors = self._training.shared()
                 comm.handover(epoch, self._store, tensors, source, list(joining))
-            comm.reconfigure(epoch, members, self._store, joining)
+            comm.reconfigure(epoch, members, self._store, joining, whole=whole and new)
         except GroupBrokenError:
             self._talk.say("aborted")
         except CommError as error:

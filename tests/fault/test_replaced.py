@@ -18,7 +18,7 @@ FORWARDS = 30
 _REPLACED = "0 steps lost, exact"
 
 
-def _train(out: Path, ranks: int, *faults: Fault) -> Result:
+def _train(out: Path, ranks: int, *faults: Fault, every: int = 1) -> Result:
     out.mkdir()
     declared = Declaration(faults, record=str(out / "fired"))
     ended = launch(
@@ -26,6 +26,7 @@ def _train(out: Path, ranks: int, *faults: Fault) -> Result:
         f"--nproc-per-node={ranks}",
         str(SESSION),
         str(out),
+        f"--every={every}",
         cwd=out,
         MNEMO_RUN_ID=out.name,
         MNEMO_RUN__JOURNAL=str(out / "journal"),
@@ -59,14 +60,24 @@ def _forwards(notes: list[dict[str, Any]]) -> int:
 
 @pytest.mark.campaign
 @pytest.mark.parametrize(
-    ("rank", "phase"),
-    [(0, "backward"), (1, "backward"), (1, "forward"), (0, "loading"), (0, "between")],
+    ("every", "rank", "phase"),
+    [
+        *((every, 0, phase) for every in (1, 1000) for phase in ("backward", "loading", "between")),
+        *((every, 1, phase) for every in (1, 1000) for phase in ("backward", "forward")),
+        (1, 0, "update"),
+        (1, 1, "updated"),
+        (1, 1, "behind"),
+    ],
 )
-def test_a_rank_of_two(tmp_path: Path, rank: int, phase: str) -> None:
-    """Its buffers, its random numbers and its place in the data are those of the lost one."""
+def test_a_rank_of_two(tmp_path: Path, every: int, rank: int, phase: str) -> None:
+    """Its buffers, its random numbers and its place in the data are those of the lost one.
+
+    Parameters come from the snapshot of the boundary; or, where none was taken, from another rank,
+    which has them until it updates its own.
+    """
     calm, struck = tmp_path / "calm", tmp_path / "struck"
     _train(calm, 2)
-    ended = _train(struck, 2, Fault("sigkill", rank, Hook(phase, 5)))
+    ended = _train(struck, 2, Fault("sigkill", rank, Hook(phase, 5)), every=every)
     assert _end(struck) == _end(calm)
     expected, found = _notes(calm), _notes(struck)
     (left,) = found[1 - rank]
@@ -76,7 +87,7 @@ def test_a_rank_of_two(tmp_path: Path, rank: int, phase: str) -> None:
     assert _losses(lost) + _losses(joined) == _losses(expected[rank][0])
     assert _forwards(lost) + _forwards(joined) <= FORWARDS + 2  # its own micro-batches
     assert f"rank {rank} killed by SIGKILL → " in ended.err
-    assert f"state from rank {1 - rank}" in ended.err
+    assert ("state from memory" if every == 1 else f"state from rank {1 - rank}") in ended.err
     assert _REPLACED in ended.err
     assert "restart" not in ended.err.partition("logs in")[2]
 
@@ -97,10 +108,10 @@ def test_a_rank_of_three_twice(tmp_path: Path, rank: int) -> None:
 
 @pytest.mark.campaign
 def test_what_cannot_be_replaced_starts_again_from_memory(tmp_path: Path) -> None:
-    """Where parameters may be half updated, nobody tries."""
+    """Where parameters may be half updated, and no snapshot has those of before."""
     calm, struck = tmp_path / "calm", tmp_path / "struck"
     _train(calm, 2)
-    ended = _train(struck, 2, Fault("sigkill", 1, Hook("update", 5)))
+    ended = _train(struck, 2, Fault("sigkill", 1, Hook("update", 5)), every=3)
     assert _end(struck) == _end(calm)
     assert "all 2 ranks restart" in ended.err
     assert "resumed from memory" in ended.err
@@ -111,16 +122,19 @@ def test_what_cannot_be_replaced_starts_again_from_memory(tmp_path: Path) -> Non
 _STRATEGY = "--strategy=mnemo_ddp"
 
 
-def _struck(tmp_path: Path, *places: str, ranks: int = 2, kind: Kind = "sigkill") -> str:
+def _struck(
+    tmp_path: Path, *places: str, ranks: int = 2, kind: Kind = "sigkill", every: int = 1
+) -> str:
     """A fit that is killed at each of ``phase:step:rank``, and ends as one that is not."""
     calm, struck = tmp_path / "calm", tmp_path / "struck"
-    campaign.train(calm, None, _STRATEGY, ranks=ranks)
+    flags = (_STRATEGY, f"--every={every}")
+    campaign.train(calm, None, *flags, ranks=ranks)
     faults = []
     for place in places:
         phase, step, rank = place.split(":")
         faults.append(Fault(kind, int(rank), Hook(phase, int(step))))
     declared = Declaration(tuple(faults), record=str(tmp_path / "fired"))
-    said = campaign.train(struck, declared, _STRATEGY, ranks=ranks)
+    said = campaign.train(struck, declared, *flags, ranks=ranks)
     declared.assert_fired()
     campaign.assert_same(calm, struck, ranks)
     return said
@@ -137,6 +151,27 @@ def test_a_fit_with_exceptions(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_fit_killed_in_each_phase(tmp_path: Path, ranks: int) -> None:
+    last = ranks - 1
+    said = _struck(
+        tmp_path,
+        "forward:3:0",
+        f"backward:6:{last}",
+        "loading:8:0",
+        f"validation:10:{last}",
+        "between:12:0",
+        f"update:14:{last}",
+        "scheduler:16:0",
+        f"scheduled:18:{last}",
+        ranks=ranks,
+    )
+    assert said.count(_REPLACED) == 8
+    assert "ranks restart" not in said
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_fit_with_few_snapshots_killed_in_each_phase(tmp_path: Path, ranks: int) -> None:
     """Behind the barrier of the update all start again from memory, exactly as well."""
     last = ranks - 1
     said = _struck(
@@ -148,6 +183,7 @@ def test_a_fit_killed_in_each_phase(tmp_path: Path, ranks: int) -> None:
         "between:12:0",
         f"update:14:{last}",
         ranks=ranks,
+        every=5,
     )
     assert said.count(_REPLACED) == 5
     assert said.count("ranks restart") == 1

@@ -67,6 +67,20 @@ def test_an_update_that_was_begun_is_not_replayed(tmp_path: Path) -> None:
         assert "has begun the update after boundary 3" in said[0]
 
 
+@pytest.mark.parametrize("place", ["in the update", "behind the update"])
+@pytest.mark.parametrize("lost", [[1], [0, 2]])
+def test_who_has_all_of_its_boundary_repeats_an_update(
+    lost: list[int], place: str, tmp_path: Path
+) -> None:
+    size = 3
+    expected = replay_lab.undisturbed(size, tmp_path, "keeps all")
+    with comm_lab.world() as world:
+        deaths = {rank: Death(3, place) for rank in lost}
+        agent = Agent(world, size, tmp_path, "keeps all", deaths)
+        assert agent.replace(lost) == ["back"] * size
+        replay_lab.same(agent.results(), expected)
+
+
 def test_another_is_lost_while_one_joins(tmp_path: Path) -> None:
     size = 3
     expected = replay_lab.undisturbed(size, tmp_path)

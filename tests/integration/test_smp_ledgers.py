@@ -80,6 +80,8 @@ def test_it_goes_with_what_is_begun_anew(paths: RunPaths, book: Ledger) -> None:
     rank = Rank.join(paths)
     rank.client.tell(m.KeepLedger(), [book.fd])
     book.write(2, b"two")
+    rank.client.tell(m.Resume(2))
+    assert _fetched(rank.client) == ledger.Entry(2, b"two")  # it goes on
     rank.client.tell(m.Resume(-1))
     assert _fetched(rank.client) is None
     rank.close()

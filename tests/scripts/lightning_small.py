@@ -71,6 +71,7 @@ class Net(pl.LightningModule):
     def lr_scheduler_step(self, scheduler, metric):
         faults.reach("scheduler")
         super().lr_scheduler_step(scheduler, metric)
+        faults.reach("scheduled")
 
     def validation_step(self, batch, batch_idx):
         x, y = batch

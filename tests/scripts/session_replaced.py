@@ -43,13 +43,15 @@ class Net(nn.Module):
 
 
 class Optimizer(torch.optim.AdamW):
-    """Can be killed when its update is due, and all ranks have come to it."""
+    """Can be killed when its update is due, and all ranks have come to it, and right behind it."""
 
     done: list[int]
 
     def step(self, closure: Any = None) -> Any:
         faults.reach("update", step=self.done[0])
-        return super().step(closure)
+        found = super().step(closure)
+        faults.reach("updated", step=self.done[0])
+        return found
 
 
 class Notes:
@@ -66,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--every", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("mnemo")
@@ -81,7 +84,7 @@ def main() -> None:
     loader = DataLoader(data, batch_size=8, sampler=DistributedSampler(data))
     torch.manual_seed(100 + rank)  # another dropout on each rank
     run = mnemo.Session(
-        model=model, optimizer=optimizer, scheduler=scheduler, snapshot={"every": 1}
+        model=model, optimizer=optimizer, scheduler=scheduler, snapshot={"every": args.every}
     )
     losses = []
     for number, (x, y) in enumerate(run.batches(loader, epochs=args.epochs)):
@@ -96,6 +99,9 @@ def main() -> None:
         if (number + 1) % ACCUMULATE == 0:
             faults.reach("between", step=run.steps_done)
             run.step()
+            norm = sum(p.detach().norm() for p in model.parameters())
+            dist.all_reduce(norm)
+            faults.reach("behind", step=run.steps_done - 1)
             notes.add(step=run.steps_done, loss=total.item(), rng=torch.rand(()).item())
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():

@@ -87,6 +87,7 @@ def test_an_update_is_passed_once_anybody_has_the_barrier(
         return
     with pytest.raises(ReplayError, match="rank 0 has begun the update after boundary 4"):
         plan_all({"world": RANKS}, said, {1: 4})
+    assert plan_all({"world": RANKS}, said, {1: 4}, whole={1})["world"].end == 12
 
 
 def test_one_that_cannot_keeps_all_from_going_on() -> None:

@@ -124,6 +124,8 @@ def reconfigure(
     members: Sequence[int],
     store: Store,
     joining: Mapping[int, int] | None = None,
+    *,
+    whole: bool = False,
 ) -> Changes:
     """Replace the communicators that have to be, and no others. Called by all ranks.
 
@@ -141,6 +143,8 @@ def reconfigure(
         store: What all members reach. Keys are put below ``mnemo/<membership epoch>``.
         joining: The tick of the boundary at which each new process begins. A new process has to say
             its own; the others wait to reach those that they are told of.
+        whole: This process is new, and has the state of its boundary from somewhere, so that it
+            may begin there also when the others are behind the update that follows.
 
     Returns:
         What was done.
@@ -158,7 +162,7 @@ def reconfigure(
         raise CommError(msg)
     here = PrefixStore(f"mnemo/{membership_epoch}", store)
     if mode.replaceable:
-        new = Replacement(membership_epoch, members, here, joining or {}).run()
+        new = Replacement(membership_epoch, members, here, joining or {}, whole=whole).run()
         return Changes(frozenset(new), frozenset(groups) - new)
     ours = list(groups.values())
     old = {group.key for group in ours if max(members[r] for r in group.ranks) > group.built}

@@ -66,13 +66,20 @@ class Replacement:
         members: For each rank, since which epoch its process is there.
         store: What all reach, for this alone.
         joining: The boundary at which each new rank begins.
+        whole: This one is new, and has the state of its boundary.
     """
 
     def __init__(
-        self, epoch: int, members: Sequence[int], store: Store, joining: Mapping[int, int]
+        self,
+        epoch: int,
+        members: Sequence[int],
+        store: Store,
+        joining: Mapping[int, int],
+        *,
+        whole: bool,
     ) -> None:
         self._epoch, self._members, self._store, self._joining = epoch, members, store, joining
-        self._me = dist.get_rank()
+        self._me, self._whole = dist.get_rank(), {dist.get_rank()} if whole else set()
         self._own = joining[self._me] if mode.alone else None
 
     def run(self) -> set[str]:
@@ -121,7 +128,8 @@ class Replacement:
             name: Belonging(list(group.ranks), group.built, group.held)
             for name, group in groups.items()
         }
-        said = self._exchange("first", First(known, self._own))
+        said = self._exchange("first", First(known, self._own, bool(self._whole)))
+        self._whole = {rank for rank, each in said.items() if each.whole}
         self._joining = {rank: each.joins for rank, each in said.items() if each.joins is not None}
         return touched([said[rank] for rank in range(len(self._members))], self._members)
 
@@ -135,7 +143,7 @@ class Replacement:
                 broken = f"an operation of process group {group.label} does not come to an end"
         standings = {name: _standing(group) for name, group in ours.items() if not group.alone}
         said = self._exchange("second", Second(standings, boundary.updating, broken))
-        return plan_all(ranks, said, self._joining)
+        return plan_all(ranks, said, self._joining, self._whole)
 
     def _exchange(self, what: str, mine: Said) -> dict[int, Said]:
         self._store.set(f"{what}/{self._me}", msgspec.json.encode(mine))

@@ -9,7 +9,7 @@ import msgspec
 from mnemo.errors import ReplayError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 
 class Belonging(msgspec.Struct, frozen=True):
@@ -32,10 +32,12 @@ class First(msgspec.Struct, frozen=True):
     Attributes:
         groups: By name.
         joins: The boundary at which it begins, if it is new.
+        whole: It has the state of that boundary, whatever has become of the others'.
     """
 
     groups: dict[str, Belonging]
     joins: int | None
+    whole: bool = False
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -174,9 +176,18 @@ def _messages_at(standing: Standing, tick: int) -> int:
 
 
 def plan_all(
-    ranks: Mapping[str, Sequence[int]], said: Mapping[int, Second], joining: Mapping[int, int]
+    ranks: Mapping[str, Sequence[int]],
+    said: Mapping[int, Second],
+    joining: Mapping[int, int],
+    whole: Collection[int] = (),
 ) -> dict[str, Plan]:
     """How each of these groups goes on, decided alike by all ranks.
+
+    Args:
+        ranks: Of each group, by its name.
+        said: By all ranks.
+        joining: The boundary of each rank that is new.
+        whole: Those of them that have its state.
 
     Raises:
         ReplayError: One of them cannot.
@@ -190,7 +201,8 @@ def plan_all(
         old = {rank: said[rank].standings[name] for rank in members if rank not in joining}
         plans[name] = plan(name, members, old, {r: t for r, t in joining.items() if r in members})
         if len(members) == len(said):
-            _see_that_none_updates(said, plans[name].end, joining)
+            need = {rank: tick for rank, tick in joining.items() if rank not in whole}
+            _see_that_none_updates(said, plans[name].end, need)
     return plans
 
 

@@ -398,7 +398,7 @@ class Replacing:
         )
         at = loss.dead[0][2]
         seconds = loss.agent_ms["all_back"] / 1e3
-        sources = {said.source for said in loss.back.values()} - {None}
+        sources = {said.source for said in loss.back.values() if said.source is not None}
         new = {rank: self._life.workers[rank].pid for rank in loss.by}
         self._journal.write(
             "replaced",
@@ -410,7 +410,7 @@ class Replacing:
             by=loss.by,
             lost_pids=[worker.pid for worker, _, _ in loss.dead],
             worker_pids=new,
-            sources=sorted(sources, key=str),
+            sources=sorted(sources),
             tick=max(said.tick for said in loss.back.values()),
             position=position,
             seconds=seconds,
@@ -418,9 +418,9 @@ class Replacing:
             phases_ms={rank: said.phases_ms for rank, said in sorted(loss.back.items())},
         )
         by = " and ".join(sorted(set(loss.by.values())))
-        source = "".join(f", state from rank {rank}" for rank in sorted(sources, key=str))
+        source = ", ".join(f"state from rank {r}" for r in sorted(sources)) or "state from memory"
         self._say(
-            f"{time.strftime('%H:%M:%S', time.localtime(at))} {cause} → {by}{source}, "
+            f"{time.strftime('%H:%M:%S', time.localtime(at))} {cause} → {by}, {source}, "
             f"{seconds:.2f} s, 0 steps lost, exact"
         )
 

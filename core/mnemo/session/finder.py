@@ -34,6 +34,20 @@ class Restored:
     base: int
     """Boundaries that counted as done before the run was begun anew."""
 
+    @classmethod
+    def of(cls, found: Candidate) -> Restored:
+        """All that ``found`` holds."""
+        return cls(
+            found.state["state"],
+            found.state["rng"],
+            found.tick,
+            found.step,
+            found.origin,
+            found.entries,
+            found.identity,
+            found.state["base"],
+        )
+
 
 def persist_settings(config: ResolvedConfig, node: str = "") -> m.PersistSettings | None:
     """Where and how often checkpoints are stored, None if they are not.
@@ -67,7 +81,8 @@ class Finder:
         self._identity = identity
         self._agree = place.agree
         self._nodes, self._world_size = len(place.leaders), place.world_size
-        self._memory = MemorySource(link, place.rank, secret)
+        self.memory = MemorySource(link, place.rank, secret)
+        """Snapshots of this run that the SMP holds."""
         self._storage: StorageSource | None = None
         self._url = persist.shown if persist is not None else ""
         if persist is not None:
@@ -79,15 +94,15 @@ class Finder:
 
     def find(self) -> Restored | None:
         """See `Keeper.find`."""
-        found = newest_common(self._memory, self._agree)
-        kept = self._agree(self._memory.world_size)[1]
+        found = newest_common(self.memory, self._agree)
+        kept = self._agree(self.memory.world_size)[1]
         if self._resume is not Resume.never:
             require_same_world(kept or self._world_size, self._world_size, self._identity.run_id)
         if self._storage is not None:
             newer_than = found.tick if found else NOTHING
             found = newest_common(self._storage, self._agree, newer_than) or found
         wanted = self._resume is not Resume.never and self._nodes > 1
-        if found is None and wanted and self._agree(int(self._memory.held))[0]:
+        if found is None and wanted and self._agree(int(self.memory.held))[0]:
             self.apart = self._is_all_there()
             if not self.apart:
                 raise IdentityError(
@@ -110,26 +125,17 @@ class Finder:
             return None
         world = int(found.identity.get("world", self._world_size))
         require_same_world(world, self._world_size, self._identity.run_id)
-        return Restored(
-            found.state["state"],
-            found.state["rng"],
-            found.tick,
-            found.step,
-            found.origin,
-            found.entries,
-            found.identity,
-            found.state["base"],
-        )
+        return Restored.of(found)
 
     def _is_all_there(self) -> bool:
         """Whether no node can come back with more: all have whole snapshots, of the same life."""
-        low, high = self._agree(self._memory.life)
-        return 0 < low == high and not self._agree(self._memory.damaged)[1]
+        low, high = self._agree(self.memory.life)
+        return 0 < low == high and not self._agree(self.memory.damaged)[1]
 
     @property
     def damaged(self) -> int:
         """Snapshots in memory that were found and could not be used."""
-        return self._memory.damaged
+        return self.memory.damaged
 
     def newest_stored(self) -> int:
         """Newest tick of any checkpoint of the run, whoever can read it."""

@@ -153,7 +153,7 @@ class Keeper:
                 none in common.
         """
         if self._replacing is not None and self.joins:
-            return self._replacing.find()
+            return self._replacing.find(self._finder.memory)
         with self.not_repeated(), on_all_ranks(self.place, IdentityError):
             return self._finder.find()
 
@@ -194,9 +194,8 @@ class Keeper:
         # A rank that joins agrees with itself.
         with self.not_repeated(), or_none(self.place, ModelChangedError):
             require_same_model(restored.entries, model, paths, run, restored.step, flexible)
-        if not self.joins:
-            kept = restored.tick if restored.origin == "memory" else NOTHING
-            self._link.ask(m.Resume(kept), m.Done)
+        kept = restored.tick if restored.origin == "memory" or self.joins else NOTHING
+        self._link.ask(m.Resume(kept), m.Done)
         self._base = restored.base
         self._pace.begin(restored.tick // 2, anew=not self.joins)
         self._then = restored.fingerprints

@@ -32,6 +32,7 @@ from mnemo.session import answering
 from mnemo.session.finder import Restored
 from mnemo.session.place import Place
 from mnemo.session.ready import Ready
+from mnemo.session.sources import MemorySource
 from mnemo.smp import ledger
 from mnemo.smp import messages as m
 from mnemo.smp.link import Link
@@ -109,6 +110,10 @@ class Replacing:
         self._page: portion.Page | None = None
         self._begun = -1
         """Tick of what the ledger of the lost rank holds."""
+        self._has_all = False
+        """This process has all of its boundary's state from a snapshot, and joins with it."""
+        self._given_by: int | None = None
+        """The rank that this process has its parameters from, if from any."""
         self._listener = threading.Thread(target=self._listen, name="mnemo-control", daemon=True)
         self._listener.start()
         self._worker: threading.Thread | None = None
@@ -190,20 +195,30 @@ class Replacing:
 
     # --- in a process that takes a lost rank's place ------------------------------------------
 
-    def find(self) -> Restored:
-        """What the lost rank had at its last boundary, the replicas' part from one of them.
+    def find(self, memory: MemorySource) -> Restored:
+        """What the lost rank had at its last boundary.
 
-        Waits to be ended where that cannot be had.
+        All of it from the snapshot that was taken there, if one was, which holds it also when the
+        others have updated their parameters since; else the replicas' part from one of them. Waits
+        to be ended where neither is to be had.
+
+        Args:
+            memory: Where snapshots are looked for.
         """
         with self._or_cannot():
             entry = self._read_ledger()
             page = self._page = portion.open_page(entry.content)
             self._begun = entry.tick
+            held = memory.newest(entry.tick + 1, entry.tick - 1)
+            if held is not None and held.identity == page.form.identity:
+                self._has_all = True
+                self._bid(self._next(), wants=False)
+                return Restored.of(held)
             tensors = portion.room_for(page.form)
             while True:
                 lost = self._next()
                 with contextlib.suppress(GroupBrokenError):
-                    source = self._receive(lost, tensors)
+                    self._given_by = self._receive(lost, tensors)
                     break
             whole = portion.join(page, tensors)
         return Restored(
@@ -211,7 +226,7 @@ class Replacing:
             whole["rng"],
             entry.tick,
             page.step,
-            f"replica of rank {source}",
+            f"replica of rank {self._given_by}",
             page.form.tensors,
             page.form.identity,
             whole["base"],
@@ -346,14 +361,15 @@ class Replacing:
             phases.end("hand_over")
         store = PrefixStore(str(lost.epoch), self._store)
         joining = {rank: bid.tick for rank, bid in bids.items()}
-        comm.reconfigure(lost.epoch, list(lost.members), store, joining=joining)
+        whole = self._has_all
+        comm.reconfigure(lost.epoch, list(lost.members), store, joining=joining, whole=whole)
         phases.end("groups")
-        source = self._source(lost) if self._place.rank in lost.ranks else None
         if self._place.rank in lost.ranks:
             self._offered = True
             self._channel.tell(control.Replaceable(True))
-        back = control.Back(lost.epoch, min(joining.values()), phases.ms, source)
-        self._channel.tell(back)
+        begun = min(joining.values())
+        self._channel.tell(control.Back(lost.epoch, begun, phases.ms, self._given_by))
+        self._has_all, self._given_by = False, None
 
     def _source(self, lost: control.Lost) -> int:
         return min(set(range(self._place.world_size)) - set(lost.ranks))

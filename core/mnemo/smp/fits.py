@@ -249,7 +249,8 @@ class Fit:
         """See `m.Resume`."""
         for index in self.shelf.forget_after(seat.rank, request.tick):
             self.commits.void(seat.rank, index)
-        self._forget_ledger(seat.rank)
+        if request.tick < 0:  # else it is of the training that goes on
+            self._forget_ledger(seat.rank)
         self.commits.rewound()
         self._notify()
         return m.Done(), []
