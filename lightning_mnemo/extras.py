@@ -63,7 +63,8 @@ class Extras:
         self._made = self._settings()
 
     def _wrapped(self) -> torch.nn.Module:
-        model: torch.nn.Module = self._trainer.strategy.model
+        model = self._trainer.strategy.model
+        assert model is not None
         return model
 
     def _settings(self) -> dict[str, Any]:

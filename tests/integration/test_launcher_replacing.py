@@ -198,7 +198,7 @@ def test_too_many_losses_end_the_job(tmp_path: Path) -> None:
         run.ready(0, 1)
         run.warm()
         run.kill(1)
-        run.until(REPLACED)
+        run.until(REPLACED, "back 1 1")
         run.kill(1)
         assert run.wait() == 137
         assert "giving up with exit code 137" in run.said()[-1]

@@ -134,6 +134,7 @@ PUBLIC: dict[str, set[str]] = {
         "Shard",
         "Standing",
     },
+    "mnemo.recovery": {"Inventory", "Policy", "RecoveryPlan", "Rung", "plan"},
     "mnemo.session": {"Keeper", "Place", "Restored", "Session"},
     "mnemo.storage": {
         "Checkpoint",

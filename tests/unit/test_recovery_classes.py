@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from mnemo.recovery.classes import RUNGS, Kind, Rung, classify, in_words
+from mnemo.recovery import Rung
+from mnemo.recovery.classes import RUNGS, Kind, classify, in_words
 
 TRACE = "Traceback (most recent call last):\n  File 'train.py', line 9, in <module>\n"
 OOM = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -24,6 +25,7 @@ GLOO = "[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1
         (-9, False, "ValueError: long ago", Kind.PEER_LOST, "killed by SIGKILL"),
         (3, False, "epoch 1 loss 2.5", Kind.PEER_LOST, "exited with code 3"),
         (3, False, f"{TRACE}ValueError: caught\nthe end", Kind.PEER_LOST, "exited with code 3"),
+        (0, False, "", Kind.LEFT, "exited with code 0"),
         (75, False, "", Kind.PREEMPTION, "exited with code 75"),
         (76, False, "", Kind.PREEMPTION, "exited with code 76"),
     ],

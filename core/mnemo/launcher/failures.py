@@ -11,7 +11,8 @@ from mnemo.errors import CrashLoopError
 from mnemo.launcher.oom import OomWatch
 from mnemo.launcher.output import count
 from mnemo.launcher.team import Report
-from mnemo.recovery.classes import Kind, Rung, classify
+from mnemo.recovery import Rung
+from mnemo.recovery.classes import Kind, classify
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,8 @@ from mnemo.launcher.family import end_orphans
 from mnemo.launcher.guard import Guard
 from mnemo.launcher.reserve import Reserve
 from mnemo.launcher.worker import execute, rank_environ
-from mnemo.recovery.classes import Rung, in_words
+from mnemo.recovery import Inventory, Policy, Rung, plan
+from mnemo.recovery.classes import in_words
 from mnemo.recovery.control import (
     CONTROL_VARIABLE,
     JOIN_VARIABLE,
@@ -32,7 +33,6 @@ from mnemo.recovery.control import (
     Lost,
     Replaceable,
 )
-from mnemo.types import EXIT_OK
 
 if TYPE_CHECKING:
     import subprocess
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from mnemo.recovery.journal import Journal
 
 _MOST_TRIES: Final = 2
-"""So many processes may die in a lost rank's place before all ranks restart."""
+"""So many processes may come in a lost rank's place before all ranks restart."""
 
 
 @dataclass
@@ -67,8 +67,8 @@ class _Loss:
     """Those of them that are not back yet."""
     back: dict[int, Back] = field(default_factory=dict)
     """What the ranks have said that are back in this membership epoch."""
-    tries: int = 0
-    """Processes that have died in the place of one that had."""
+    ended_in_place: list[Failure] = field(default_factory=list)
+    """What ended those that had come in the place of one that had."""
     agent_ms: dict[str, float] = field(default_factory=dict)
     """When the agent had done what, since it began."""
 
@@ -168,19 +168,16 @@ class Replacing:
         rank = worker.rank
         while not self._over and self._read(rank, self._channels[rank]):
             pass  # what it said before it died
-        loss = self._loss
         if self._over:
             return False
-        if loss and rank in loss.by:
-            loss.tries += 1
-            if loss.tries >= _MOST_TRIES:
-                self.give_up(f"what came in its place {in_words(code)}")
-                return True
-        joins = loss is not None and rank in loss.joining
-        if not joins and (why_not := self._why_not(worker, code)):
+        came = self._loss is not None and rank in self._loss.by
+        if self._loss and came:
+            self._loss.ended_in_place.append(self._failure(worker, code))
+        decided = plan(self._inventory(worker, code), self._rules())
+        if decided.rung is not Rung.REPLICA:
             self._ready.discard(rank)
-            self.give_up(why_not)
-            return False
+            self.give_up(decided.why_not)
+            return came
         self._replace(worker, code)
         return True
 
@@ -208,24 +205,30 @@ class Replacing:
             self._hosting.cancel()
             await asyncio.gather(self._hosting, return_exceptions=True)
 
-    def _why_not(self, worker: Worker, code: int) -> str:
-        """Why a rank that has ended cannot be replaced."""
-        joining = self._loss.joining if self._loss else set()
-        may = self._ready | joining | (self._left & {worker.rank})
-        if len(may) < self._options.ranks:
-            return "not all ranks can be replaced"
-        if code == EXIT_OK:
-            return f"rank {worker.rank} {in_words(code)}"
-        if joining | {worker.rank} == self._life.workers.keys():
-            return "no rank is left that has the state"
+    def _inventory(self, worker: Worker, code: int) -> Inventory:
+        """What there is, now that a rank's process has ended with ``code``."""
+        loss = self._loss
+        joining = loss.joining if loss else set()
+        ended = {worker.rank: self._failure(worker, code)}
+        for each, its_code, _ in reversed(loss.dead if loss else ()):
+            if each.rank in joining:  # of its processes the first counts
+                ended[each.rank] = self._failure(each, its_code)
+        return Inventory(
+            ranks=self._options.ranks,
+            lost=ended,
+            ready=frozenset(self._ready | joining | (self._left & {worker.rank})),
+            ended_in_place=loss.ended_in_place if loss else (),
+        )
+
+    def _rules(self) -> Policy:
+        # A loss under way is counted once it is over.
+        again = self._loss is not None or self._policy.foresee(None) == "restart"
+        return Policy(most_in_place=_MOST_TRIES, again=again)
+
+    def _failure(self, worker: Worker, code: int) -> Failure:
         if code > 0:
             worker.close()  # its last words are in the log then
-            failure = worker.failure(code)
-            if failure.rung is not Rung.REPLICA:
-                return f"rank {worker.rank} {failure.words}"
-        if not self._loss and self._policy.foresee(None) != "restart":
-            return "it has happened too often"
-        return ""
+        return worker.failure(code)
 
     def _replace(self, worker: Worker, code: int) -> None:
         rank = worker.rank

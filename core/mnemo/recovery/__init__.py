@@ -1,1 +1,5 @@
-"""What happened to a run, and what was done about it."""
+"""What went wrong, what is done about it, and what is told of it."""
+
+from mnemo.recovery.ladder import Inventory, Policy, RecoveryPlan, Rung, plan
+
+__all__ = ["Inventory", "Policy", "RecoveryPlan", "Rung", "plan"]

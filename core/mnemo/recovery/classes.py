@@ -1,8 +1,7 @@
 """What kind of failure ended a rank, what follows it, and the words for it.
 
 All that is known of a process that is gone is its exit code, its last lines, and what the kernel
-and the agent say. `RUNGS` says for each kind what is done first. Whatever does not work out goes
-on with all ranks that restart from the memory of the snapshot process, and with checkpoints then.
+and the agent say. `RUNGS` says for each kind which rung of the ladder is tried first.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from mnemo.types import EXIT_STATE_LOST, EXIT_STATE_SAVED
+from mnemo.recovery.ladder import Rung
+from mnemo.types import EXIT_OK, EXIT_STATE_LOST, EXIT_STATE_SAVED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,17 +37,8 @@ class Kind(str, Enum):
     """It was told to go, and has said whether its state is saved."""
     REFUSAL = "refusal"
     """A wrong setting, or wrong arguments."""
-
-
-class Rung(str, Enum):
-    """What is tried first."""
-
-    REPLICA = "replica"
-    """Another process takes its place, and gets what the others still hold."""
-    LEAVE = "leave"
-    """All ranks end."""
-    STOP = "stop"
-    """Nothing: it would end the same way."""
+    LEFT = "left"
+    """It has ended well while others were training."""
 
 
 RUNGS: Final[Mapping[Kind, Rung]] = {
@@ -60,6 +51,7 @@ RUNGS: Final[Mapping[Kind, Rung]] = {
     Kind.HANG: Rung.REPLICA,
     Kind.PREEMPTION: Rung.LEAVE,
     Kind.REFUSAL: Rung.STOP,
+    Kind.LEFT: Rung.SNAPSHOT,
 }
 
 ITS_OWN: Final = frozenset({Kind.EXCEPTION, Kind.DEVICE_MEMORY})
@@ -166,6 +158,8 @@ def in_words(code: int) -> str:
 
 
 def _kind(code: int, error: str, tail: Sequence[str]) -> Kind:
+    if code == EXIT_OK:
+        return Kind.LEFT
     if code in {EXIT_STATE_SAVED, EXIT_STATE_LOST}:
         return Kind.PREEMPTION
     if code > 0 and any(map(_REFUSAL.match, tail)):
