@@ -31,6 +31,8 @@ EPOCH_STEPS = 10
 """Of 20 batches for each rank, accumulated over 2."""
 SPACING = 5
 """Steps from one fault to the next: validation and checkpoints come as often."""
+APART = 40
+"""Further steps behind the loss of a snapshot process: what is lost with it is lost."""
 _STOPPED_S = 1.5
 """How long a rank is stopped that goes on by itself."""
 
@@ -111,10 +113,12 @@ def draw(seed: int, ranks: int, ways: Sequence[str]) -> Plan:
     rng = random.Random(seed)
     order = list(ways)
     rng.shuffle(order)
-    plan = Plan(ranks, 2 + SPACING * (len(order) + 1) // EPOCH_STEPS)
-    for number, way in enumerate(order):
-        step = (number + 1) * SPACING + rng.randrange(SPACING - 1)
-        drawn = WAYS[way](rng, ranks, step)
+    plan = Plan(ranks, 2 + (SPACING * (len(order) + 1) + APART) // EPOCH_STEPS)
+    begins = 0
+    for way in order:
+        begins += SPACING
+        drawn = WAYS[way](rng, ranks, begins + rng.randrange(SPACING - 1))
+        begins += APART if way == "snapshot process" else 0
         plan.ways += [way] * len(drawn)
         plan.faults += drawn
     return plan
@@ -229,7 +233,7 @@ class Outcome:
 
     def _next(self, fired: Fired) -> str:
         """What ended the life that it happened in."""
-        ends = ("failure", "stop", "launch", "end")
+        ends = ("failure", "stop", "launch")
         later = (r for r in self.records if r["event"] in ends and r["time"] > fired.time)
         return str(next(later)["event"])
 
