@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from mnemo.config.uncaught import REFUSAL_VARIABLE
 from mnemo.errors import LaunchError, ProtocolError, StoreLostError
 from mnemo.launcher.family import end_orphans
 from mnemo.launcher.guard import Guard
+from mnemo.launcher.loss import Loss
 from mnemo.launcher.reserve import Reserve
 from mnemo.launcher.worker import execute, rank_environ
 from mnemo.recovery import Inventory, Policy, Rung, plan
@@ -49,28 +48,6 @@ if TYPE_CHECKING:
 
 _MOST_TRIES: Final = 2
 """So many processes may come in a lost rank's place before all ranks restart."""
-
-
-@dataclass
-class _Loss:
-    """What is known of one."""
-
-    began: float
-    """As the event loop's clock has it."""
-    position: asyncio.Task[Position | None]
-    """Finds out where the run was."""
-    dead: list[tuple[Worker, int, float]] = field(default_factory=list)
-    """Processes that have died, with exit code and Unix time."""
-    by: dict[int, str] = field(default_factory=dict)
-    """What came in the place of each rank that died."""
-    joining: set[int] = field(default_factory=set)
-    """Those of them that are not back yet."""
-    back: dict[int, Back] = field(default_factory=dict)
-    """What the ranks have said that are back in this membership epoch."""
-    ended_in_place: list[Failure] = field(default_factory=list)
-    """What ended those that had come in the place of one that had."""
-    agent_ms: dict[str, float] = field(default_factory=dict)
-    """When the agent had done what, since it began."""
 
 
 class Replacing:
@@ -121,7 +98,7 @@ class Replacing:
         """Ranks that were ready, have left their training since, and may just be failing."""
         self._epoch = 0
         self._members = [0] * options.ranks
-        self._loss: _Loss | None = None
+        self._loss: Loss | None = None
         self._over = host is None
         self._timer: asyncio.TimerHandle | None = None
         self._hosting = asyncio.create_task(self._host_store(host)) if host else None
@@ -235,7 +212,7 @@ class Replacing:
         if self._loss is None:
             task = asyncio.create_task(asyncio.to_thread(self._position))
             task.add_done_callback(self._positioned)
-            self._loss = _Loss(asyncio.get_running_loop().time(), task)
+            self._loss = Loss(task)
         loss, at = self._loss, self._life.noticed[rank]
         loss.dead.append((worker, code, at))
         self._epoch += 1
@@ -253,7 +230,7 @@ class Replacing:
         )
         for channel in self._channels.values():
             channel.tell(lost)
-        self._took(f"told_{self._epoch}")
+        loss.took(f"told_{self._epoch}")
         worker.close()
         try:
             self._life.place(rank, functools.partial(self._join, rank))
@@ -261,7 +238,7 @@ class Replacing:
             self.give_up(str(error))
             return
         self._channels[rank].tell(lost)
-        self._took(f"started_{self._epoch}")
+        loss.took(f"started_{self._epoch}")
         end_orphans(rank, self._life.pids | self.pids)
         if self._timer:
             self._timer.cancel()
@@ -384,59 +361,30 @@ class Replacing:
         loss.joining.discard(rank)
         if len(loss.back) < self._options.ranks:
             return
-        self._took("all_back")
-        position = _result(loss.position)
-        struck = self._struck()
+        loss.took("all_back")
+        position, struck = loss.where(), self._struck()
         failures = [w.failure(code, out_of_memory=struck) for w, code, _ in loss.dead]
         self._policy.after_failure(position, failures[0])
-        self._report(loss, position, failures)
-        self._life.replaced.clear()
-        self._end_loss()
-        self._reserve.fill()
-
-    def _report(self, loss: _Loss, position: Position | None, failures: Sequence[Failure]) -> None:
-        ranks = [worker.rank for worker, _, _ in loss.dead]
-        cause = ", ".join(
-            f"rank {rank} {failure.words}" for rank, failure in zip(ranks, failures, strict=True)
-        )
-        at = loss.dead[0][2]
-        seconds = loss.agent_ms["all_back"] / 1e3
-        sources = {said.source for said in loss.back.values() if said.source is not None}
-        new = {rank: self._life.workers[rank].pid for rank in loss.by}
         self._journal.write(
             "replaced",
             life=self._life.number,
             epoch=self._epoch,
-            cause=cause,
-            kinds=[failure.kind for failure in failures],
-            noticed=at,
-            by=loss.by,
-            lost_pids=[worker.pid for worker, _, _ in loss.dead],
-            worker_pids=new,
-            sources=sorted(sources),
-            tick=max(said.tick for said in loss.back.values()),
             position=position,
-            seconds=seconds,
-            agent_ms=loss.agent_ms,
-            phases_ms={rank: said.phases_ms for rank, said in sorted(loss.back.items())},
+            worker_pids={rank: self._life.workers[rank].pid for rank in loss.by},
+            **loss.record(failures),
         )
-        by = " and ".join(sorted(set(loss.by.values())))
-        source = ", ".join(f"state from rank {r}" for r in sorted(sources)) or "state from memory"
-        self._say(
-            f"{time.strftime('%H:%M:%S', time.localtime(at))} {cause} → {by}, {source}, "
-            f"{seconds:.2f} s, 0 steps lost, exact"
-        )
+        self._say(loss.line(failures))
+        self._life.replaced.clear()
+        self._end_loss()
+        self._reserve.fill()
 
     def _positioned(self, task: asyncio.Task[Position | None]) -> None:
-        assert self._loss
-        worker, code, _ = self._loss.dead[0]
-        if self._policy.foresee(_result(task), worker.failure(code)) == "crash loop":
+        loss = self._loss
+        if loss is None or loss.position is not task:
+            return  # it is over
+        worker, code, _ = loss.dead[0]
+        if self._policy.foresee(loss.where(), worker.failure(code)) == "crash loop":
             self.give_up("")  # it is said when the job ends
-
-    def _took(self, phase: str) -> None:
-        assert self._loss
-        since = asyncio.get_running_loop().time() - self._loss.began
-        self._loss.agent_ms[phase] = round(since * 1e3, 2)
 
     def _end_loss(self) -> None:
         if self._timer:
@@ -454,9 +402,3 @@ class Replacing:
         self._say("the process with the ranks' Store has ended: if a rank dies, all restart")
         self.give_up("the ranks' Store has ended")
         self._over = True
-
-
-def _result(task: asyncio.Task[Position | None]) -> Position | None:
-    """What is known by now."""
-    known = task.done() and not task.cancelled() and not task.exception()
-    return task.result() if known else None
