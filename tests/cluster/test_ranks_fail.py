@@ -19,6 +19,7 @@ from mnemo.types import EXIT_STATE_SAVED
 SETTINGS = {"MNEMO_PROTECT__NODES": "1+1"}
 
 
+@pytest.mark.campaign
 def test_a_rank_dies_and_all_restart_until_that_was_too_often(tmp_path: Path) -> None:
     with netns.network(tmp_path, 3) as net:
         flags = ("--max-restarts=1",)

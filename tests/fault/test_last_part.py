@@ -90,7 +90,9 @@ def test_two_ranks_of_which_one_dies(lab: Lab, tmp_path: Path, how: str, rank: i
         assert final(out, each) == {"batches": 0, "saved": final(alone, each)["saved"]}
 
 
-@pytest.mark.parametrize(("how", "ranks"), [("kill", 1), ("exit", 2)])
+@pytest.mark.parametrize(
+    ("how", "ranks"), [pytest.param("kill", 1, marks=pytest.mark.campaign), ("exit", 2)]
+)
 def test_under_mnemo_run(tmp_path: Path, how: str, ranks: int) -> None:
     """Its restart reaches the last part again; a ``sys.exit(1)`` is none that went well either."""
     done = launch(
@@ -108,6 +110,7 @@ def test_under_mnemo_run(tmp_path: Path, how: str, ranks: int) -> None:
     assert nothing_is_kept()
 
 
+@pytest.mark.campaign
 def test_what_follows_a_child_that_trained_is_covered_by_mnemo_run(tmp_path: Path) -> None:
     """As with Lightning's ddp_fork: the process that trains ends well, the one that saves dies."""
     environ = {"CHILD": "fork", "DIE_BEHIND_CHILD": "exit"}

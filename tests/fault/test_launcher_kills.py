@@ -160,6 +160,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     assert [r["kind"] for r in all_records() if r["event"] == "failure"] == ["out of host memory"]
 
 
+@pytest.mark.campaign
 def test_two_gloo_ranks_meet_again_after_one_is_killed(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("""
 import torch, torch.distributed as dist
