@@ -10,7 +10,7 @@ import torch
 from mnemo.errors import IntegrityError
 from mnemo.snapshot import tree
 from mnemo.snapshot.listing import module_state, optimizer_state
-from mnemo.snapshot.portion import Portions, join, open_page, room_for
+from mnemo.snapshot.portion import Form, Portions, join, open_page, room_for
 from mnemo.snapshot.rng import capture_rng
 
 if TYPE_CHECKING:
@@ -106,14 +106,28 @@ def test_replicas_share_the_same_tensors_in_the_same_order() -> None:
     for training in (one, other):
         training.step()
         portions = Portions({}, training.replicated)
-        _, shared = portions.take(1, None, training.taken())
-        digests.append(portions.form.digest())
-        assert [t.shape for t in shared] == [tuple(e.shape) for e in portions.form.shared_entries()]
+        raw, shared = portions.take(1, None, training.taken())
+        digests.append(portions.digest)
+        form = open_page(raw).form
+        assert form.digest() == portions.digest
+        assert [t.shape for t in shared] == [tuple(e.shape) for e in form.shared_entries()]
     assert digests[0] == digests[1]
     one.model.append(torch.nn.Linear(1, 1))
     portions = Portions({}, one.replicated)
     portions.take(1, None, one.taken())
-    assert portions.form.digest() != digests[1]
+    assert portions.digest != digests[1]
+
+
+def test_what_is_the_same_at_each_step_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be a thousand tensors, and nothing of them has changed."""
+    asked = []
+    monkeypatch.setattr(Form, "digest", lambda form: asked.append(form) or 7)
+    training = Training()
+    training.step()
+    portions = Portions({}, training.replicated)
+    for step in range(3):
+        portions.take(step, None, training.taken())
+    assert len(asked) == 1
 
 
 def test_a_parameter_that_moves_is_still_shared() -> None:

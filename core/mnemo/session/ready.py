@@ -6,6 +6,7 @@ the successor of another rank, as long as it holds the values of that boundary.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mnemo.smp.link import Link
 from mnemo.snapshot.portion import Portions
 from mnemo.snapshot.tree import TakenApart
 
+_version: Final = operator.attrgetter("_version")
 _BOTH: Final = 2
 """A boundary, and the same behind its validation."""
 
@@ -37,7 +39,7 @@ class Offer:
     @property
     def is_untouched(self) -> bool:
         """Whether nothing was written to them that torch has counted."""
-        return [t._version for t in self.tensors] == self.versions
+        return list(map(_version, self.tensors)) == self.versions
 
 
 class Ready:
@@ -72,7 +74,7 @@ class Ready:
             SmpError, OSError: Nobody holds this rank's ledger.
         """
         page, tensors = self._portions.take(step, self._layout(), taken)
-        offer = Offer(tensors, [t._version for t in tensors], self._portions.form.digest())
+        offer = Offer(tensors, list(map(_version, tensors)), self._portions.digest)
         with self._changed:
             self._offers = dict([*self._offers.items(), (tick, offer)][-_BOTH:])
             self._newest = tick

@@ -85,7 +85,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks
     )
     own = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
-    if special or own or not all(isinstance(t, torch.Tensor) for t in tensors):
+    kinds = set(map(type, tensors))  # to look at each of them takes ten times as long
+    if special or own or not all(issubclass(kind, torch.Tensor) for kind in kinds):
         return optimizer.state_dict()
     groups, number = [], 0
     for group in optimizer.param_groups:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from mnemo.snapshot.layout import (
     make_layout,
 )
 
+_where: Final = operator.methodcaller("data_ptr")
+
 
 @dataclass
 class CopyPlan:
@@ -34,12 +36,14 @@ class CopyPlan:
     """Of the tensors outside stable parts."""
     names: list[str]
     layout: Layout
-    own: frozenset[int]
+    own: list[int]
     """Numbers of the tensors that are copied at once."""
     shared: list[int]
     numbers: list[str]
+    lends: bool
+    """The shared tensors are only named, and not copied: they may lie anywhere."""
     pointers: list[int]
-    """``data_ptr`` of all tensors."""
+    """``data_ptr`` of all tensors, or of those that are copied."""
     loose: list[int]
     """Tensors without one stretch of memory: their sources are copies, made anew each time."""
     sources: list[Bytes | torch.Tensor]
@@ -90,16 +94,18 @@ class CopyPlan:
             and all(map(operator.is_, self.parts, taken.parts))
         )
 
-    def follow(self, tensors: list[torch.Tensor], pointers: list[int]) -> bool:
+    def follow(self, tensors: list[torch.Tensor]) -> bool:
         """Look for the tensors where they are now.
 
         Returns:
             False if one has another form by now, so that this plan is of no use.
         """
+        followed = [tensors[i] for i in self.own] if self.lends else tensors
+        pointers = list(map(_where, followed))
         if self.pointers != pointers:
-            moved = [
-                i for i, (a, b) in enumerate(zip(self.pointers, pointers, strict=True)) if a != b
-            ]
+            numbers = self.own if self.lends else range(len(tensors))
+            places = zip(numbers, self.pointers, pointers, strict=True)
+            moved = [i for i, before, now in places if before != now]
             for i in moved:
                 tensor, entry = tensors[i], self.layout.entries[i]
                 strides = entry.strides if i in self.loose else tensor.stride()
@@ -111,7 +117,7 @@ class CopyPlan:
                     return False
                 self.sources[i] = _view(tensor)
             self.at_once = None
-            if not self.own.issuperset(moved):
+            if not set(self.own).issuperset(moved):
                 self.chunks = None
             self.pointers = pointers
         for i in self.loose:  # copied together again
@@ -169,6 +175,8 @@ def plan_for(
     volatile: Collection[int],
     watch: tuple[str, ...],
     at_once: Collection[str],
+    *,
+    lends: bool = False,
 ) -> tuple[CopyPlan, list[torch.Tensor]]:
     """The plan ``known`` if it is for the same tensors, else a new one; and all tensors.
 
@@ -178,6 +186,7 @@ def plan_for(
         volatile: ``data_ptr`` of tensors that may change before the next update.
         watch: Path prefixes of tensors that must be finite.
         at_once: Paths of tensors that were seen to change.
+        lends: Shared tensors are only named, and not copied.
     """
     fleeting = [t for _, t in taken.tensors]
     signature = [
@@ -186,9 +195,9 @@ def plan_for(
     ]
     if known is not None and known.is_for(taken, signature):
         current = fleeting + known.members
-        if known.follow(current, [t.data_ptr() for t in current]):
+        if known.follow(current):
             return known, current
-    plan = _make_plan(taken, signature, volatile, watch, at_once)
+    plan = _make_plan(taken, signature, volatile, watch, at_once, lends=lends)
     return plan, fleeting + plan.members
 
 
@@ -198,6 +207,8 @@ def _make_plan(
     volatile: Collection[int],
     watch: tuple[str, ...],
     at_once: Collection[str],
+    *,
+    lends: bool,
 ) -> CopyPlan:
     tensors = taken.all_tensors()
     loose = [i for i, (_, t) in enumerate(tensors) if not is_dense(t)]
@@ -212,16 +223,18 @@ def _make_plan(
         for i, (name, t) in enumerate(tensors)
     ]
     layout = make_layout(dense, own)
+    copied = [i for i, o in enumerate(own) if o]
     return CopyPlan(
         parts=taken.parts,
         members=[t for _, t in tensors[fleeting:]],
         signature=signature,
         names=[name for name, _ in dense],
         layout=layout,
-        own=frozenset(i for i, o in enumerate(own) if o),
+        own=copied,
         shared=[i for i, o in enumerate(own) if not o],
         numbers=[_number(name, t, watch) for name, t in dense],
-        pointers=[t.data_ptr() for _, t in tensors],
+        lends=lends,
+        pointers=[tensors[i][1].data_ptr() for i in (copied if lends else range(len(tensors)))],
         loose=loose,
         sources=[_view(t) for _, t in dense],
         stage=np.zeros(layout.own_padded, dtype=np.uint8),

@@ -93,8 +93,9 @@ class Portions:
         self._replicated = replicated
         self._own = _AllBut(set())
         self._plan: CopyPlan | None = None
-        self._form = Form((), (), {})
         self._encoded = b""
+        self.digest = 0
+        """`Form.digest` of what was taken last."""
 
     def take(
         self, step: int, layout: list[list[int]] | None, taken: tree.TakenApart
@@ -103,13 +104,14 @@ class Portions:
 
         The latter are by reference: they hold this state until the next update.
         """
-        plan, tensors = plan_for(self._plan, taken, self._own, (), ())
+        plan, tensors = plan_for(self._plan, taken, self._own, (), (), lends=True)
         if plan is not self._plan:
             self._own = _AllBut({t.data_ptr() for t in self._replicated()})
-            plan, tensors = plan_for(None, taken, self._own, (), ())
+            plan, tensors = plan_for(None, taken, self._own, (), (), lends=True)
             self._plan = plan
-            self._form = Form(plan.layout.entries, tuple(plan.shared), self._identity)
-            self._encoded = _encode(self._form)
+            form = Form(plan.layout.entries, tuple(plan.shared), self._identity)
+            self._encoded = _encode(form)
+            self.digest = form.digest()
         for target, source in plan.own_moves():
             if isinstance(source, torch.Tensor):
                 torch.from_numpy(target).copy_(source)
@@ -118,11 +120,6 @@ class Portions:
         own = plan.stage[: plan.layout.own_size].tobytes()
         page = _encode([msgspec.Raw(self._encoded), step, layout, taken.pack(), own])
         return page, plan.shared_of(tensors)
-
-    @property
-    def form(self) -> Form:
-        """Of what was taken last."""
-        return self._form
 
     @property
     def own_size(self) -> int:
