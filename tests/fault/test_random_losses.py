@@ -20,7 +20,9 @@ def test_a_few(lab: Lab, tmp_path: Path, seed: int) -> None:
     """Of each of these one, in one run of two ranks."""
     plan = random_losses.draw(seed, 2, SHORT)
     words = [campaign.SCRIPT, "--ranks=2", "--out=.", *campaign.FLAGS, *plan.flags]
-    assert lab.script(tmp_path / "calm", *words, ranks=2).codes == [0, 0]
+    calm = lab.script(tmp_path / "calm", *words, ranks=2)
+    assert calm.codes == [0, 0]
+    assert "replacing a single rank is off: needs mnemo run" in calm.said
     outcome = random_losses.strike(plan, tmp_path / "struck")
     outcome.check(tmp_path / "calm", tmp_path / "struck")
     assert outcome.rungs() == {"replaced in the running job": len(SHORT)}

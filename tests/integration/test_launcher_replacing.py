@@ -282,6 +282,17 @@ def standbys(agent: int) -> list[psutil.Process]:
     return [p for p in found if p.environ().get("MNEMO_ROLE") == "standby"]
 
 
+def test_a_script_that_works_for_whoever_imports_it_is_told_so(tmp_path: Path) -> None:
+    name = write(tmp_path)
+    script = tmp_path / name
+    script.write_text(script.read_text().replace('if __name__ == "__main__"', "if True"))
+    with job("recover.standbys=0", name, cwd=tmp_path, ranks=2) as run:
+        run.ready(0, 1)
+        said = run.until("train.py does its work for whoever imports it (line ")[0]
+        assert said.endswith('a function that is called under if __name__ == "__main__":')
+        assert run.stop() == 75
+
+
 def test_what_a_lost_rank_left_behind_ends(tmp_path: Path) -> None:
     leaves = """import subprocess; say("orphan", rank, subprocess.run(
         [sys.executable, "-c", "import subprocess as s; print(s.Popen(['sleep', '1000'],"

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from mnemo.launcher.imports import preamble
+from mnemo.launcher.imports import preamble, unguarded
 
 SCRIPT = """
 '''What it is.'''
@@ -78,3 +78,20 @@ def test_it_can_be_ended_before() -> None:
 def test_what_is_no_python_is_said_to_be_none() -> None:
     with pytest.raises(SyntaxError):
         preamble("import")
+
+
+@pytest.mark.parametrize(
+    ("rest", "line"),
+    [
+        ("def main(): fit()\nif __name__ == '__main__':\n    main()", None),
+        ("print()\nif __name__ == '__main__':\n    main()", None),  # it has been thought of
+        ("def main(): fit()\nSTEPS = count()", None),
+        ("def main(): fit()\nmain()", 2),
+        ("data = load()\nfor batch in data: fit(batch)", 2),
+        ("if torch.cuda.is_available():\n    fit()", 1),
+        ("try:\n    fit()\nexcept Exception: pass", 1),
+    ],
+)
+def test_what_a_script_does_for_whoever_imports_it(rest: str, line: int | None) -> None:
+    before = SCRIPT.count("\n")
+    assert unguarded(SCRIPT + rest) == (None if line is None else line + before)

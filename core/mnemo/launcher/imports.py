@@ -66,6 +66,34 @@ def preamble(source: str | bytes, until: int | None = None) -> Preamble:
     return Preamble(tuple(body[:end]), imports[0] if imports else None)
 
 
+def unguarded(source: str | bytes) -> int | None:
+    """Where a script does its work for whoever imports it; None if it asks for its name first.
+
+    Args:
+        source: The script.
+
+    Returns:
+        The line of the first statement that is more than a definition.
+
+    Raises:
+        SyntaxError: It is no Python.
+        ValueError: It has null bytes.
+    """
+    body = ast.parse(source).body
+    if any("__name__" in map(_name, ast.walk(each)) for each in body if isinstance(each, ast.If)):
+        return None
+    return next((each.lineno for each in body if _works(each)), None)
+
+
+def _works(statement: ast.stmt) -> bool:
+    match statement:
+        case ast.If(body=body, orelse=orelse) | ast.Try(body=body, orelse=orelse):
+            return any(map(_works, [*body, *orelse]))
+        case ast.Expr():
+            return not _is_quiet(statement)
+    return isinstance(statement, ast.For | ast.While | ast.With)
+
+
 def _imports(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.If | ast.Try):
         return any(_imports(each) for each in statement.body)
@@ -114,7 +142,7 @@ def _is_path(node: ast.AST) -> bool:
     return all(map(_is_path, ast.iter_child_nodes(node)))
 
 
-def _name(node: ast.expr) -> str:
+def _name(node: ast.AST) -> str:
     """The dotted name that it is; empty if it is none."""
     if isinstance(node, ast.Attribute) and (before := _name(node.value)):
         return f"{before}.{node.attr}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from mnemo.launcher.imports import unguarded
 from mnemo.launcher.standby import RANKS_OWN, Become, Reads, Warm, decoder
 from mnemo.launcher.worker import execute, watch_exit
 from mnemo.recovery.classes import in_words
@@ -161,6 +162,7 @@ class Reserve:
         self._until: int | None = None
         self._deaths = 0
         self._said = False
+        self._begun = False
 
     @property
     def pids(self) -> set[int]:
@@ -172,6 +174,9 @@ class Reserve:
         if not self._wanted and not self._said:
             self._said = True
             self._say("a rank that dies is replaced in the running job (no standby is kept)")
+        if not self._begun:
+            self._begun = True
+            self._say_unguarded()
         while len(self._standbys) < self._wanted:
             try:
                 self._standbys.append(self._make(until=self._until))
@@ -226,6 +231,16 @@ class Reserve:
             return
         self.fill()
         self._say(f"{ended} → another one is started")
+
+    def _say_unguarded(self) -> None:
+        with suppress(OSError, SyntaxError, ValueError):  # no script, or none of Python's
+            line = unguarded(Path(self._script).read_bytes())
+            if line is not None:
+                self._say(
+                    f"{self._script} does its work for whoever imports it (line {line}): loader "
+                    "workers that are spawned do it again, and a standby stops there; put it "
+                    'into a function that is called under if __name__ == "__main__":'
+                )
 
     def _say_ready(self, warm: Warm) -> None:
         if self._said or not all(standby.is_warm for standby in self._standbys):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Final
 
 import msgspec
+import torch
+from torch.nn.parameter import is_lazy
 
 from mnemo.config import ResolvedConfig, settings
 from mnemo.config.uncaught import say_once
@@ -15,6 +18,7 @@ from mnemo.errors import ConfigError, MnemoError
 from mnemo.session.place import Place
 from mnemo.smp import messages as m
 from mnemo.smp.client import error_of
+from mnemo.snapshot.layout import dtype_name
 
 _OWN: Final = {
     "run.dir",
@@ -88,6 +92,39 @@ def require_same_settings(config: ResolvedConfig, place: Place) -> None:
                     f"{key} is {value or 'not set'} on rank 0 and {other.get(key) or 'not set'} on "
                     f"rank {rank}: give all ranks the same"
                 )
+
+
+def require_same_models(place: Place, model: torch.nn.Module) -> None:
+    """Compare the names and forms of what all ranks train alike. Collective.
+
+    Raises:
+        ConfigError: On all ranks: two have other ones.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    mine = [f"{name}: {_form(each)}" for name, each in tensors]
+    digest = hashlib.sha256("\n".join(mine).encode()).digest()
+    if len(set(place.gather(digest))) == 1:
+        return
+    decode = msgspec.msgpack.Decoder(list[str]).decode
+    first, *others = (decode(words) for words in place.gather(msgspec.msgpack.encode(mine)))
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            more, less = _only(other, first), _only(first, other)
+            said = [f"has {more}"] * bool(more) + [f"lacks {less}"] * bool(less)
+            how = " and ".join(said) or "has the same in another order"
+            raise ConfigError(
+                f"rank {rank} has another model than rank 0: it {how}. Make the same on all ranks"
+            )
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return "not known yet" if is_lazy(tensor) else f"{dtype_name(tensor)}{list(tensor.shape)}"
+
+
+def _only(ones: list[str], others: list[str]) -> str:
+    """What only the first have."""
+    found = [each for each in ones if each not in others]
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def of_all_ranks(place: Place, mine: list[str]) -> list[str]:

@@ -24,7 +24,13 @@ from mnemo.errors import ConfigError, IdentityError, ModelChangedError, Protecti
 from mnemo.recovery.journal import Journal, journal_path
 from mnemo.session import afterwards, announce, nodes, replacing, report
 from mnemo.session.accord import Accord
-from mnemo.session.agreement import of_all_ranks, on_all_ranks, or_none, require_same_settings
+from mnemo.session.agreement import (
+    of_all_ranks,
+    on_all_ranks,
+    or_none,
+    require_same_models,
+    require_same_settings,
+)
 from mnemo.session.finder import Finder, Restored, persist_settings
 from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
 from mnemo.session.losses import Losses
@@ -220,7 +226,13 @@ class Keeper:
             fingerprints: Of what should be the same when the run is resumed; what differs from
                 the snapshot resumed from is reported.
             replicas: What all ranks hold alike, if they do.
+
+        Raises:
+            ConfigError: They have other models.
         """
+        if self.place.replicas and replicas is not None and replicas.model is not None:
+            with on_all_ranks(self.place, ConfigError):
+                require_same_models(self.place, replicas.model)
         world = str(self.place.world_size)
         identity = {**fingerprints, "launch": self._launch, "life": self._life, "world": world}
         self._start_engine(identity)

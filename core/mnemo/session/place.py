@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from mnemo.snapshot.layout import Share
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _fits = itertools.count()
+_DEVICES: Final = ("cpu", "cuda")
 
 
 def _alone(value: int) -> tuple[int, int]:
@@ -81,8 +82,10 @@ def current_place(
     the same snapshot process.
 
     Raises:
-        ConfigError: There are several ranks that do not know each other yet.
+        ConfigError: There are several ranks that do not know each other yet, or on a device that
+            is not supported.
     """
+    _require_supported(device)
     if not is_distributed():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(
@@ -123,6 +126,19 @@ def current_place(
         agree=agree,
         gather=gather,
     )
+
+
+def _require_supported(device: torch.device | None) -> None:
+    kind = "cpu" if device is None else device.type
+    if kind not in _DEVICES:
+        raise ConfigError(
+            f"the model is on {device}: mnemo keeps the state of {' and '.join(_DEVICES)} devices"
+        )
+    if kind != "cpu" and is_distributed() and dist.get_backend() == "mnemo":
+        raise ConfigError(
+            f"the process group's backend is mnemo, which is for CPUs in this version, and the "
+            f"model is on {device}: use nccl. All but the replacing of single ranks works with it"
+        )
 
 
 def _machine(run_dir: str) -> bytes:

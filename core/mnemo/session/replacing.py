@@ -46,6 +46,7 @@ _MOST_OWN: Final = 32 << 20
 """Bytes of tensors that a rank has alone, which are copied at each step."""
 _PATIENCE_S: Final = 30.0
 """How long a rank may take to get to the boundary at which another one was lost."""
+_NEEDS_AGENT: Final = "needs mnemo run, and recover.in_process"
 _GLANCE_S: Final = 0.002
 _END_S: Final = 60.0
 """How long a process that cannot join waits to be ended."""
@@ -437,7 +438,9 @@ def begin(place: Place, link: Link, fit: int) -> tuple[Replacing | None, str]:
         fit: Which training of the process it is: later ones begin where a new process is not.
     """
     why_not = ""
-    if not _uses_our_groups():
+    if not comm.mode.replaceable:
+        why_not = _NEEDS_AGENT
+    elif not _uses_our_groups():
         why_not = "needs process groups of backend mnemo"
     elif not place.replicas:
         why_not = "ranks do not hold the same"
@@ -452,7 +455,7 @@ def begin(place: Place, link: Link, fit: int) -> tuple[Replacing | None, str]:
     if channel is not None:
         channel.close()
     comm.keep_nothing()
-    return None, why_not or "needs mnemo run, and recover.in_process"
+    return None, why_not or _NEEDS_AGENT
 
 
 not_repeated = comm.unrecorded
@@ -464,7 +467,7 @@ def _uses_our_groups() -> bool:
     if not dist.is_available() or not dist.is_initialized():
         return False
     groups = dist.distributed_c10d._world.pg_map
-    return comm.mode.replaceable and all(isinstance(group, comm.Group) for group in groups)
+    return all(isinstance(group, comm.Group) for group in groups)
 
 
 def _obstacle(model: DistributedDataParallel) -> str:
