@@ -653,6 +653,25 @@ def test_generations_are_persisted_as_they_were_sealed(paths: RunPaths, tmp_path
         rank.close()
 
 
+def test_who_asks_for_a_generation_that_is_not_there_hears_why_it_is_not_stored(
+    paths: RunPaths, tmp_path: Path
+) -> None:
+    rank = Rank.join(paths, persist=settings(tmp_path, 3600.0))
+    rank.write(1)
+    flushed, _ = rank.client.ask(m.Flush(0, 7), m.Flushed)
+    assert flushed == m.Flushed(-1, "generation 7 is not kept any more")
+    rank.close()
+
+
+def test_what_is_kept_says_of_which_life_it_is(paths: RunPaths) -> None:
+    rank = Rank.join(paths)
+    rank.write(1, identity={"life": "f00"})
+    rank.write(2)
+    looked, _ = rank.client.ask(m.Look(), m.Looked)
+    assert (looked.steps, looked.lives) == ({1: 10, 2: 20}, {1: "f00", 2: ""})
+    rank.close()
+
+
 def test_a_flipped_byte_is_not_persisted(paths: RunPaths, tmp_path: Path) -> None:
     rank = Rank.join(paths, persist=settings(tmp_path, 3600.0))
     rank.write(1)

@@ -9,7 +9,7 @@ import pytest
 from membership_lab import SEAL, MemoryStore
 
 from mnemo.errors import LaunchError, MembershipRecordError
-from mnemo.launcher import cluster, rendezvous
+from mnemo.launcher import cluster, operator, rendezvous
 from mnemo.launcher.c10d import C10dStores
 from mnemo.launcher.cluster import Cluster
 from mnemo.launcher.rendezvous import Nodes
@@ -25,7 +25,7 @@ from mnemo.types import EXIT_STATE_SAVED
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mnemo.membership import Stores
+    from mnemo.launcher.stores import AgentStores
 
 
 class Memory:
@@ -33,6 +33,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._store = MemoryStore()
+        self.forgotten = False
 
     async def get(self, keys: tuple[str, ...]) -> tuple[bytes | None, ...]:
         found = self._store.apply(Get("", keys))
@@ -63,7 +64,7 @@ class Memory:
         """Nothing."""
 
     async def forget(self, *_: object) -> None:
-        """Nothing."""
+        self.forgotten = True
 
     async def close(self) -> None:
         """Nothing."""
@@ -95,7 +96,7 @@ QUICK: dict[str, float] = {
 def agent(
     directory: Path,
     name: str,
-    stores: Stores,
+    stores: AgentStores,
     said: list[str],
     nodes: int = 2,
     /,
@@ -111,7 +112,7 @@ def agent(
         Nodes(nodes),
         rules=Rules(nodes=nodes, **rules),  # type: ignore[arg-type]
         seal=seal,
-        stores=stores,  # type: ignore[arg-type]
+        stores=stores,
         paths=paths,
         saves=True,
         say=said.append,
@@ -228,6 +229,66 @@ def test_who_took_a_lost_nodes_place_and_is_refused_leaves_and_the_others_go_on(
         assert all(isinstance(seat, Seat) and seat.cause == "node d was lost" for seat in seats)
         assert await one.report(refused) is None
         await asyncio.gather(*(each.close() for each in (one, other, better)))
+
+    asyncio.run(run())
+
+
+async def die(*agents: Cluster) -> None:
+    """They are not heard of any more."""
+    for each in agents:
+        assert each._driving is not None
+        each._driving.cancel()
+        each._idle.set()
+        await asyncio.wait({each._driving})
+
+
+def test_nothing_stays_in_etcd_though_the_first_node_was_lost(tmp_path: Path) -> None:
+    async def run() -> None:
+        stores, rules = Memory(), {**QUICK, "arbiter": True, "give_up_s": 3.0}
+        first, other = (agent(tmp_path, name, stores, [], **rules) for name in "ab")
+        await asyncio.gather(first.take_seat(1), other.take_seat(1))
+        await die(first)
+        assert isinstance(await asyncio.wait_for(other.take_seat(1), 20), Ended)
+        await other.close()
+        assert stores.forgotten
+
+    asyncio.run(run())
+
+
+def test_a_spare_ends_as_the_others_do_where_the_job_does_not_go_on(tmp_path: Path) -> None:
+    async def run() -> None:
+        stores, rules = Memory(), {**QUICK, "arbiter": True}
+        agents = [agent(tmp_path, name, stores, [], **rules) for name in "ab"]
+        await asyncio.gather(*(each.take_seat(1) for each in agents))
+        spare = agent(tmp_path, "c", stores, [], **rules, give_up_s=3.0)
+        waiting = asyncio.create_task(spare.take_seat(1))
+        while not spare._machine.is_spare:
+            await asyncio.sleep(0.05)
+        await die(*agents)
+        ended = await asyncio.wait_for(waiting, 20)
+        assert isinstance(ended, Ended)
+        assert ended.code == EXIT_STATE_SAVED
+        assert "waited 3s (recover.no_spare): 1 of 2 nodes are here" in ended.words
+        await spare.close()
+
+    asyncio.run(run())
+
+
+def test_the_operator_is_asked_once_a_store_that_only_moves_would_be_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        stores, said = Memory(), list[str]()
+        one, other = (agent(tmp_path, name, stores, said, **QUICK) for name in "ab")
+        await asyncio.gather(one.take_seat(1), other.take_seat(1))
+        await die(one)
+        while not other._machine.is_stuck:
+            await asyncio.sleep(0.05)
+        other._operator.hear()
+        assert not other._operator.advice
+        monkeypatch.setattr(operator, "_ADVISES_S", 0.0)
+        assert "the others are a). If some are surely dead" in other._operator.advice
+        await die(other)
 
     asyncio.run(run())
 

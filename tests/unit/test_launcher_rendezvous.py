@@ -151,6 +151,22 @@ def test_agents_on_one_machine_have_places_of_their_own_before_they_listen() -> 
     assert place(own) == own
 
 
+def test_an_agent_of_another_run_that_hosts_nothing_takes_no_place_away() -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        own = f"127.0.0.1:{probe.getsockname()[1]}"
+    _, claim = rendezvous.claim_place("other", "127.0.0.1", (own,))
+    with claim:
+        assert place(own) == own
+
+
+def test_where_no_place_can_be_had_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a sandbox without such sockets, or with too many open files."""
+    monkeypatch.setattr(rendezvous, "_name", lambda *_: None)
+    with pytest.raises(LaunchError, match=r"no port of 127\.0\.0\.1 can be had"):
+        place("192.0.2.1:1")
+
+
 def place(*places: str) -> str:
     found, claim = rendezvous.claim_place("run", "127.0.0.1", places)
     claim.close()

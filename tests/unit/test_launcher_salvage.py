@@ -13,7 +13,7 @@ import pytest
 from mnemo.errors import SalvageError, StoreLostError
 from mnemo.launcher import company
 from mnemo.launcher.company import Company
-from mnemo.launcher.salvage import Salvage, There
+from mnemo.launcher.salvage import Kept, Salvage, There
 from mnemo.membership import Epoch, Member
 from mnemo.membership.records import Ballot
 from mnemo.smp import lifecycle
@@ -159,13 +159,20 @@ class Silent:
         """As closing a socket: whoever waits there goes on waiting."""
 
 
+class StoredError(Exception):
+    """Something would be."""
+
+
 class Looks:
     """A connection to a snapshot process that keeps something."""
 
     def __init__(self, looked: m.Looked) -> None:
         self._looked = looked
 
-    def ask(self, *_: object, **__: object) -> tuple[m.Looked, list[int]]:
+    def ask(self, request: m.Message, *_: object, **__: object) -> tuple[m.Looked, list[int]]:
+        if isinstance(request, m.Flush):
+            msg = f"generation {request.tick}"
+            raise StoredError(msg)
         return self._looked, []
 
     def hang_up(self) -> None:
@@ -251,5 +258,34 @@ def test_between_two_trainings_there_is_nothing_to_store(
     monkeypatch.setattr(lifecycle, "find", lambda *_: Looks(m.Looked()))
     epoch = Epoch(1, Ballot(0, ""), 1, (Member("a", "0", "node-a"), Member("b", "0")))
     said: Any = Records()
+    words: list[str] = []
+    salvage = Salvage(RunPaths.of("run", tmp_path), epoch, 0, said, words.append)
     with pytest.raises(SalvageError, match="no training was under way on node node-a"):
-        asyncio.run(Salvage(RunPaths.of("run", tmp_path), epoch, 0, said, print).run((0,)))
+        asyncio.run(salvage.run((0,)))
+    assert not words  # nothing was begun
+
+
+def test_snapshots_of_different_lives_have_nothing_in_common(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a node has them that was away: the same step, and yet another training."""
+    group = ("node-0", "node-1")
+    protect = m.ProtectSettings("node-0", (group,), 1, dict.fromkeys(group, ("127.0.0.1", 1)))
+    persist = m.PersistSettings(str(tmp_path / "to"), 1.0, 1)
+    own = Looks(m.Looked(0, {2: 1, 4: 2}, persist, protect, {2: "a", 4: "a"}))
+    monkeypatch.setattr(lifecycle, "find", lambda *_: own)
+    epoch = Epoch(1, Ballot(0, ""), 1, (Member("a", "0"), Member("b", "0")))
+
+    def common(other: dict[int, tuple[int, str]]) -> None:
+        said: Any = Records()
+
+        async def run() -> None:
+            await said.put("kept/1", Kept((1,), other))
+            await Salvage(RunPaths.of("run", tmp_path), epoch, 0, said, print).run((0, 1))
+
+        asyncio.run(run())
+
+    with pytest.raises(SalvageError, match="no snapshot in common"):
+        common({2: (1, "b"), 4: (2, "b")})
+    with pytest.raises(StoredError, match="generation 2"):
+        common({2: (1, "a"), 4: (2, "b")})

@@ -336,6 +336,18 @@ def test_a_node_whose_workers_fail_gets_a_new_epoch_for_all() -> None:
     assert _names(world) == list("abcd")
 
 
+def test_whoever_reaches_the_arbiter_first_after_an_outage_takes_nobody_elses_place() -> None:
+    world = _world("abcd", nodes=3, arbiter=True)
+    world.cuts = {(name, ETCD) for name in "abcd"}
+    world.run(60)
+    assert not any(node.workers for node in world.living())
+    for name in "dabc":
+        world.cuts.discard((name, ETCD))
+        world.run(0.8)
+    assert world.run(10, until=world.is_running)
+    assert _names(world) == list("abc")
+
+
 def test_half_of_the_nodes_and_the_host_are_lost_with_an_arbiter() -> None:
     world = _world("abcdef", arbiter=True)
     world.kill(_node(world, "a"))

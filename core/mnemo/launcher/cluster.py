@@ -247,7 +247,7 @@ class Cluster:
         self._say(words)
         if self._saves:
             try:
-                if machine.is_stuck or epoch != machine.committed:
+                if machine.is_left_out or epoch != machine.committed:
                     raise SalvageError("other nodes may have decided to go on without this one")
                 rank = epoch.rank_of(self._me.key)
                 assert rank is not None

@@ -7,15 +7,13 @@ hands back its answer with the time; a test decides what happens between any two
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
-from typing import Final
+from enum import Enum
 
 from mnemo.errors import StoreLostError
 from mnemo.membership.lease import NEVER
+from mnemo.membership.places import Places
 from mnemo.membership.plan import heirs, is_launch
 from mnemo.membership.records import (
-    HEAD,
-    MOVED,
     Ballot,
     Epoch,
     Head,
@@ -28,10 +26,20 @@ from mnemo.membership.records import (
 from mnemo.membership.roll import Moment
 from mnemo.membership.rules import Rules
 from mnemo.membership.seat import Seat, Turn
-from mnemo.membership.store import Answer, CompareSet, Get, Host, Op, Set
+from mnemo.membership.store import Answer, Host, Op
 
-_LOOKED_AT: Final = 4
-"""Places where a node looks for a Store in one turn."""
+
+class Wait(Enum):
+    """What an agent waits for; where that says all, in words."""
+
+    NOTHING = ""
+    STORE = "a Store"
+    LINK = "a faster link"
+    NODES = "nodes, at a launch"
+    SUCCESSOR = "somebody in a lost one's place"
+    QUORUM = "too few members are here to decide"
+    TURN = "this node is a spare"
+    ACCORD = "the nodes agree"
 
 
 class Machine:
@@ -80,13 +88,7 @@ class Machine:
         """Until then the Store that it takes part in may come to something."""
         self._round = 0
         self._idle_since = now
-        self._first = places[0]
-        self._places = dict.fromkeys(places)
-        """Where a Store may be, the newest last."""
-        self._looked = 0
-        self._term = -1
-        self._redirect_at = now
-        self._made = 0
+        self._places = Places(me, seal, rules, places, self._moment)
 
     # --- for whoever drives it ----------------------------------------------------------------
 
@@ -139,29 +141,44 @@ class Machine:
         return self._seat.place if self._seat else ""
 
     @property
-    def waits_for(self) -> str:
-        """What it waits for, in words; empty while it runs."""
+    def wait(self) -> Wait:
+        """What it waits for."""
         now, seat = self._moment.now, self._seat
         if self.running is not None:
-            return ""
+            return Wait.NOTHING
         if seat is None:
-            more = ", …" * (len(self._places) > _LOOKED_AT)
-            return f"no Store answers at {', '.join([*self._places][:_LOOKED_AT])}{more}"
+            return Wait.STORE
         if now - seat.head_since > self._rules.node_loss_s:
+            return Wait.STORE
+        if self._is_slow(seat):
+            return Wait.LINK
+        here = seat.living()
+        if seat.has_looked and is_launch(self.committed, here) and len(here) < self._rules.nodes:
+            return Wait.NODES
+        if seat.state is not None and seat.state.over and now < self._hope:
+            return Wait.SUCCESSOR
+        if self.committed is not None and now >= self._held:
+            return Wait.QUORUM
+        return Wait.TURN if self.is_spare else Wait.ACCORD
+
+    @property
+    def waits_for(self) -> str:
+        """`wait` in words; empty while it runs."""
+        seat, wait = self._seat, self.wait
+        if wait is Wait.STORE:
+            if seat is None:
+                return f"no Store answers at {self._places}"
             gone = self._rules.arbiter and seat.is_gone
             return f"no Store {'of this run is left' if gone else 'answers'} at {seat.place}"
-        if self._is_slow(seat):
+        if seat is None:
+            return ""
+        if wait is Wait.LINK:
             return f"the Store takes {seat.answers_in:.1f} s to answer: its link is too slow"
-        here, nodes = seat.living(), self._rules.nodes
-        if seat.has_looked and is_launch(self.committed, here) and len(here) < nodes:
-            return f"{len(here)} of {nodes} nodes are here"
-        if seat.state is not None and seat.state.over and now < self._hope:
+        if wait is Wait.NODES:
+            return f"{len(seat.living())} of {self._rules.nodes} nodes are here"
+        if wait is Wait.SUCCESSOR:
             return f"{were_lost(seat.missing) or 'a member was lost'}, and nobody takes its place"
-        if self.committed is not None and now >= self._held:
-            return "too few members are here to decide"
-        if self.is_spare:
-            return "this node is a spare"
-        return "the nodes agree"
+        return str(wait.value)
 
     @property
     def is_spare(self) -> bool:
@@ -180,7 +197,12 @@ class Machine:
     @property
     def is_stuck(self) -> bool:
         """Whether it waits for a quorum, or the operator's word (`confirm_lost`)."""
-        return self._is_in(self.committed) and self.waits_for.startswith(("no Store", "too few"))
+        return self._is_in(self.committed) and self.wait in {Wait.STORE, Wait.QUORUM}
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the others may have decided to go on without this member."""
+        return self.is_stuck or self.wait is Wait.LINK
 
     @property
     def present(self) -> frozenset[str]:
@@ -195,7 +217,7 @@ class Machine:
         have decided something else.
         """
         seat, epoch = self._seat, self.committed
-        if seat is None or epoch is None or self.is_stuck or not seat.has_looked:
+        if seat is None or epoch is None or self.is_left_out or not seat.has_looked:
             return None
         return tuple(rank for rank, m in enumerate(epoch.members) if m.key in self.present)
 
@@ -245,7 +267,7 @@ class Machine:
         if self._agrees(state, seat):
             yield from seat.say_alive(self._ended, self._lost)
         yield from seat.lead(head)
-        yield from self._redirect(seat.ballot)
+        yield from self._places.redirect(seat, self.running)
 
     def _is_slow(self, seat: Seat) -> bool:
         return seat.answers_in > self._rules.slow_s
@@ -273,10 +295,7 @@ class Machine:
             self._accepted = None
         if epoch and not state.over and not state.proposed and not self._is_in(epoch):
             self._idle_since = self._moment.now  # others run: a spare waits as long as they do
-        for known in (epoch, state.proposed):
-            for member in reversed(known.members if known else ()):
-                if member.store:
-                    self._places.setdefault(member.store)
+        self._places.learn(epoch, state.proposed)
 
     def _agrees(self, state: State, seat: Seat) -> bool:
         """Agree to what is proposed, unless that is said already: nothing may run any more."""
@@ -320,65 +339,13 @@ class Machine:
 
     def _look(self) -> Turn:
         """Take part in the Store of the highest ballot that is found, or host one."""
-        now_in = self._seat.ballot if self._seat else None
         stays = self._is_bound or self._moment.now < self._hope
-        best, at = now_in if stays else None, ""
-        for place in self._next_places():
-            try:
-                head = yield from self._head_at(place)
-            except StoreLostError:
-                continue
-            if head is not None and head.ballot != now_in:
-                self._term = max(self._term, head.ballot.term)
-                if best is None or head.ballot > best:
-                    best, at = head.ballot, place
-        if best is not None and at:
-            yield from self._join(best, at)
+        least = self._seat.ballot if self._seat and stays else None
+        found = yield from self._places.look(self._seat, least)
+        if found is not None:
+            yield from self._join(*found)
         elif self._has_to_host():
             yield from self._host()
-
-    def _next_places(self) -> tuple[str, ...]:
-        """Some of the places where a Store may be; others the next time."""
-        places = tuple(reversed(self._places))
-        at = self._looked % len(places)
-        self._looked = at + _LOOKED_AT
-        return (places[at:] + places[:at])[:_LOOKED_AT]
-
-    def _head_at(self, place: str) -> Generator[Op, Answer, Head | None]:
-        """What stands in the Store at ``place``; the first of the run begins to be one here.
-
-        One that the run has left is told where the run is now, for those that come there.
-        """
-        answer = yield Get(place, (HEAD, MOVED))
-        assert isinstance(answer, tuple)
-        raw, moved = answer
-        seat = self._seat
-        if moved is not None:
-            there = self._seal.unwrap(MOVED, moved, Ballot)
-            self._places.setdefault(there.place)
-            if seat and seat.state and there < seat.ballot:
-                yield Set(place, MOVED, self._seal.wrap(MOVED, seat.ballot))
-            return None
-        if raw is None and self._seat is None and place == self._first:
-            ballot = self._new_ballot(0, "" if self._rules.arbiter else place)
-            return (yield from self._open(place, ballot))
-        head = self._seal.unwrap(HEAD, raw, Head) if raw else None
-        if head and seat and seat.state and head.ballot < seat.ballot:
-            yield Set(place, MOVED, self._seal.wrap(MOVED, seat.ballot))
-        return head
-
-    def _open(self, place: str, ballot: Ballot) -> Generator[Op, Answer, Head | None]:
-        there = yield CompareSet(place, HEAD, None, self._seal.wrap(HEAD, Head(ballot)))
-        assert there is None or isinstance(there, bytes)
-        return self._seal.unwrap(HEAD, there, Head) if there else None
-
-    def _redirect(self, ballot: Ballot) -> Turn:
-        """One member looks at times whether somebody comes to where the run began."""
-        members = self.running.members if self.running and ballot.term else ()
-        others = [member for member in members if member.store != ballot.place] or members
-        if others and others[-1].key == self.me.key and self._moment.now >= self._redirect_at:
-            self._redirect_at = self._moment.now + 2 * self._rules.move_s
-            yield from self._head_at(self._first)
 
     def _join(self, ballot: Ballot, place: str) -> Turn:
         """Take part in the Store of ``ballot`` at ``place``, and in no other, if it may."""
@@ -402,13 +369,8 @@ class Machine:
 
     def _host(self) -> Turn:
         place = self.me.store
-        ballot = self._new_ballot(self._term + 1, place)
         with contextlib.suppress(StoreLostError):
             yield Host(place)
-            head = yield from self._open(place, ballot)
-            if head is not None and head.ballot == ballot:
+            ballot = yield from self._places.open_next()
+            if ballot is not None:
                 yield from self._join(ballot, place)
-
-    def _new_ballot(self, term: int, place: str) -> Ballot:
-        self._made += 1
-        return Ballot(term, place, f"{self.me.key}/{self._made}")

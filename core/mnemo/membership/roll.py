@@ -58,6 +58,11 @@ class Roll:
     _slots: int = 0
     _lost: set[str] = field(default_factory=set)
 
+    def pardon(self) -> None:
+        """This node was not in touch itself: nobody's silence so far says anything."""
+        for seen in self._seen.values():
+            seen.since = self.moment.now
+
     def refresh(self, place: str) -> Generator[Op, Answer, None]:
         """Read what is new: in one operation, unless somebody has come."""
         (count,) = yield from self._read(

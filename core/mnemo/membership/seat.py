@@ -75,6 +75,7 @@ class Seat:
         self._wrote = b""
         self._serial = 0
         self._looked_at = NEVER
+        self._in_touch = moment.now
 
     # --- what it says -------------------------------------------------------------------------
 
@@ -168,6 +169,9 @@ class Seat:
             if said is None:
                 raise StoreLostError(f"the Store at {self.place} has lost {head.state}")
             self.state = self._seal.unwrap(head.state, said, State)
+        if self._moment.now - self._in_touch > self._rules.node_loss_s / 2:
+            self._roll.pardon()
+        self._in_touch = self._moment.now
         if raw != self._head_raw:
             self.head_since = self._moment.now
         self._head, self._head_raw = head, raw
