@@ -216,9 +216,10 @@ class Outcome:
 
     def _is_told(self, fired: Fired) -> bool:
         way = self.plan.ways[fired.fault]
-        replaced = any(fired.pid in r["lost_pids"] for r in self._all("replaced"))
+        kinds = self._kinds_of(fired.pid)
         if way == "stopped and continued":
-            return not replaced
+            stopped = {f.pid for f in self.fired if self.plan.ways[f.fault] == "stopped"}
+            return "hang" not in kinds or fired.pid in stopped
         if way == "snapshot process":
             return any(
                 r["kind"] == "smp replaced" and fired.time <= r["time"] < fired.time + 60
@@ -226,7 +227,13 @@ class Outcome:
             )
         if way == "standby":
             return any(r["standby_pid"] == fired.pid for r in self._all("standby"))
-        return replaced or self._next(fired) == ("stop" if way == "asked to end" else "failure")
+        return bool(kinds) or self._next(fired) == ("stop" if way == "asked to end" else "failure")
+
+    def _kinds_of(self, pid: int) -> set[str]:
+        """As what the loss of a process was told, where it was replaced."""
+        records = self._all("replaced")
+        ended = (each for r in records for each in zip(r["lost_pids"], r["kinds"], strict=True))
+        return {kind for lost, kind in ended if lost == pid}
 
     def _all(self, event: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record["event"] == event]
