@@ -15,7 +15,8 @@ from mnemo.recovery import journal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MNEMO = (sys.executable, "-c", "from mnemo.cli import main; main()")
+MNEMO = (sys.executable, "-c", "import sys; del sys.path[0]; from mnemo.cli import main; main()")
+"""As the command that is installed: nothing is imported from the directory it is called in."""
 TIMEOUT_S = 60
 
 

@@ -40,9 +40,9 @@ TIME_IMPORT = """
 import json, os, sys, time
 
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import mnemo
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(json.dumps([seconds, sorted(new - set(sys.stdlib_module_names))]))
 """

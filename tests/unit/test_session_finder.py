@@ -46,7 +46,7 @@ def find(*memories: Memory) -> list[Any]:
         identity = RunIdentity("run", stable=True, source="test")
         link: Any = None
         finder = Finder(load_config(environ={}), identity, place, link, b"", None, 0, "")
-        finder._memory = memories[rank]  # type: ignore[assignment]
+        finder.memory = memories[rank]  # type: ignore[assignment]
         try:
             found = finder.find()
         except IdentityError as error:
