@@ -295,14 +295,15 @@ class MnemoJob(Job):
         record = records[0]
         rank = victim["rank"]
         agent, ranks = record["agent_ms"], record["phases_ms"]
-        source = ranks[str(record["sources"][0])]
+        own = ranks[str(rank)]
+        other = ranks[str(next(r for r in range(self.ranks) if r != rank))]
         noticed = record["noticed"]
         told = noticed + next(v for k, v in agent.items() if k.startswith("told")) / 1e3
         imported = after(self.marks.of("imported", rank=rank), at)[0]["at"]
-        bid = told + source["wait_for_process"] / 1e3
-        given = bid + source.get("hand_over", 0.0) / 1e3
+        given = told + other["wait_for_process"] / 1e3 + other.get("hand_over", 0.0) / 1e3
+        bid = given - (own.get("read") or own["receive"]) / 1e3
         back = noticed + agent["all_back"] / 1e3
-        groups = ranks[str(rank)]["groups"] / 1e3
+        groups = own["groups"] / 1e3
         return {
             "detect_s": noticed - at,
             "told_s": told - noticed,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 import mnemo.comm  # noqa: F401 - registers the backend
 from lightning_mnemo.callback import MnemoCallback
+from mnemo.session.replacing import is_joining
 
 _NAME = "mnemo_ddp"
+_CAN_SKIP = "init_sync" in inspect.signature(DistributedDataParallel).parameters
 
 
 class MnemoDDPStrategy(DDPStrategy):
@@ -45,6 +49,12 @@ class MnemoDDPStrategy(DDPStrategy):
         if not any(isinstance(callback, MnemoCallback) for callback in trainer.callbacks):
             callbacks = [*trainer.callbacks, MnemoCallback(self._config)]
             trainer.callbacks = _CallbackConnector._reorder_callbacks(callbacks)
+
+    @override
+    def configure_ddp(self) -> None:
+        if _CAN_SKIP and is_joining():  # alone, and all parameters are replaced later
+            self._ddp_kwargs = {**self._ddp_kwargs, "init_sync": False}
+        super().configure_ddp()
 
     @override
     def setup_environment(self) -> None:

@@ -19,6 +19,7 @@ from lightning_client import Lab, kill_at, until_it_ends
 
 from lightning_mnemo import MnemoCallback
 from mnemo.config import load_config
+from mnemo.recovery.control import JOIN_VARIABLE
 from mnemo.session import prefetch
 from mnemo.session.identity import RunIdentity
 from mnemo.session.keeper import End, Keeper
@@ -26,6 +27,7 @@ from mnemo.session.place import Place
 from mnemo.smp import lifecycle
 from mnemo.smp import messages as m
 from mnemo.smp.board import Position
+from mnemo.smp.ledger import Ledger
 from mnemo.smp.memory import MemoryLimit
 from mnemo.smp.paths import RunPaths
 from mnemo.smp.segment import PAGE
@@ -142,6 +144,23 @@ def test_what_was_read_ahead_is_not_read_again(readers: list[str]) -> None:
         assert readers == [AHEAD]
         assert found() == (2, 0)
         assert readers == [AHEAD]
+
+
+@pytest.mark.parametrize(("lost_at", "reads"), [(4, [AHEAD]), (2, [])])
+def test_for_a_lost_rank_only_what_was_taken_where_it_was_lost(
+    monkeypatch: pytest.MonkeyPatch, readers: list[str], lost_at: int, reads: list[str]
+) -> None:
+    with left_by(2):
+        book, one = Ledger("mnemo:test"), keeper()
+        book.write(lost_at, b"its own")
+        one._link.keep_ledger(book.fd)
+        one.close(End.INTERRUPTED)
+        book.close()
+        monkeypatch.setenv(JOIN_VARIABLE, "1")
+        readers.clear()
+        prefetch._begun.clear()
+        begin()
+        assert readers == reads
 
 
 def test_it_is_waited_for(monkeypatch: pytest.MonkeyPatch, readers: list[str]) -> None:

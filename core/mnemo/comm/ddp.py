@@ -59,8 +59,6 @@ def adopt(ddp: DistributedDataParallel, buckets: Layout | None) -> None:
     if buckets is None:
         inner.reducer._push_all_rebuilt_params()
         return
-    if _buckets(inner) == buckets:
-        return
     group = inner.process_group
     assert isinstance(group, Group)
     flat = [place for bucket in buckets for place in bucket]

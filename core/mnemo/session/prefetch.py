@@ -17,8 +17,9 @@ from typing import Final
 from mnemo.config import ResolvedConfig, Resume
 from mnemo.recovery import control
 from mnemo.session.identity import resolve_identity
-from mnemo.smp import lifecycle
+from mnemo.smp import ledger, lifecycle
 from mnemo.smp import messages as m
+from mnemo.smp.client import SmpClient
 from mnemo.smp.memory import memory_limit
 from mnemo.smp.paths import RunPaths
 from mnemo.smp.segment import Header
@@ -35,8 +36,8 @@ _ROOM: Final = 2
 class _Reading:
     """One snapshot's tensors, on their way."""
 
-    def __init__(self, paths: RunPaths, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, paths: RunPaths, rank: int, *, joins: bool) -> None:
+        self._rank, self._joins = rank, joins
         self._headers: dict[int, Header] = {}
         self._tensors: list[Bytes] | None = None
         self._thread = threading.Thread(
@@ -56,7 +57,9 @@ class _Reading:
             return
         fds: list[int] = []
         try:
-            _, fds = client.ask(m.Fetch(fit=0), m.Fetched)
+            fetched, fds = client.ask(m.Fetch(fit=0), m.Fetched)
+            if self._joins and not self._is_at(fetched.generation, client):
+                return
             sources = {s.meta.rank: s for s in map(Source.of_fd, fds)}
             size = sum(source.meta.total for source in sources.values())
             if self._rank in sources and _ROOM * size <= memory_limit().available:
@@ -65,6 +68,14 @@ class _Reading:
         finally:
             # Until then what was fetched is kept: a child that was forked must not keep it longer.
             client.hang_up()
+            close_all(fds)
+
+    def _is_at(self, newest: m.Generation | None, client: SmpClient) -> bool:
+        """Whether that is where the rank was lost whose place this process takes."""
+        _, fds = client.ask(m.FetchLedger(0, self._rank), m.Ledgers)
+        try:
+            return bool(fds) and newest is not None and ledger.read(fds[0]).tick == newest.tick
+        finally:
             close_all(fds)
 
     def result(self, sources: Mapping[int, Source], rank: int) -> list[Bytes] | None:
@@ -89,11 +100,13 @@ def begin(config: ResolvedConfig) -> None:
 
 def _begin(config: ResolvedConfig) -> _Reading | None:
     rank, identity = os.environ.get("RANK", ""), resolve_identity(config)
-    known = rank.isdecimal() and identity.stable and control.joins() is None
+    known = rank.isdecimal() and identity.stable
     if config.run.resume is Resume.never or not known:
         return None
     paths = RunPaths.of(identity.run_id, config.run.dir)
-    return _Reading(paths, int(rank)) if paths.read_record() is not None else None
+    if paths.read_record() is None:
+        return None
+    return _Reading(paths, int(rank), joins=control.joins() is not None)
 
 
 def take(sources: Mapping[int, Source], rank: int) -> list[Bytes] | None:

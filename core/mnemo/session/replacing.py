@@ -111,6 +111,8 @@ class Replacing:
         self._page: portion.Page | None = None
         self._begun = -1
         """Tick of what the ledger of the lost rank holds."""
+        self._phases: _Phases | None = None
+        """Of a process that takes a lost rank's place, until it has."""
         self._has_all = False
         """This process has all of its boundary's state from a snapshot, and joins with it."""
         self._given_by: int | None = None
@@ -206,6 +208,7 @@ class Replacing:
         Args:
             memory: Where snapshots are looked for.
         """
+        self._phases = phases = _Phases()
         with self._or_cannot():
             entry = self._read_ledger()
             page = self._page = portion.open_page(entry.content)
@@ -213,6 +216,7 @@ class Replacing:
             held = memory.newest(entry.tick + 1, entry.tick - 1)
             if held is not None and held.identity == page.form.identity:
                 self._has_all = True
+                phases.end("read")
                 self._bid(self._next(), wants=False)
                 return Restored.of(held)
             tensors = portion.room_for(page.form)
@@ -222,6 +226,7 @@ class Replacing:
                     self._given_by = self._receive(lost, tensors)
                     break
             whole = portion.join(page, tensors)
+            phases.end("receive")
         return Restored(
             whole["state"],
             whole["rng"],
@@ -240,7 +245,10 @@ class Replacing:
             assert self._page is not None
             assert lost is not None
             faults.reach("joining", step=self._page.step)
+            phases = self._phases or _Phases()
+            phases.end("restore")
             ddp.adopt(self._model, self._page.layout)
+            phases.end("buckets")
             while True:
                 with contextlib.suppress(GroupBrokenError):
                     self._go_on(lost)
@@ -354,7 +362,7 @@ class Replacing:
             GroupBrokenError: Another rank was lost meanwhile.
             ReplayError: They cannot.
         """
-        phases = _Phases()
+        phases = self._phases or _Phases()
         bids = self._bids(lost)
         phases.end("wait_for_process")
         if self._place.rank == self._source(lost) and self._wanting(bids):
@@ -370,7 +378,7 @@ class Replacing:
             self._channel.tell(control.Replaceable(True))
         begun = min(joining.values())
         self._channel.tell(control.Back(lost.epoch, begun, phases.ms, self._given_by))
-        self._has_all, self._given_by = False, None
+        self._has_all, self._given_by, self._phases = False, None, None
 
     def _source(self, lost: control.Lost) -> int:
         return min(set(range(self._place.world_size)) - set(lost.ranks))
