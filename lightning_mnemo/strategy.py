@@ -14,7 +14,7 @@ from typing_extensions import override
 
 import mnemo.comm  # noqa: F401 - registers the backend
 from lightning_mnemo.callback import MnemoCallback
-from mnemo.session.replacing import is_joining
+from mnemo.session.joining import is_joining
 
 _NAME = "mnemo_ddp"
 _CAN_SKIP = "init_sync" in inspect.signature(DistributedDataParallel).parameters

@@ -33,6 +33,7 @@ from mnemo.session.agreement import (
 )
 from mnemo.session.finder import Finder, Restored, persist_settings
 from mnemo.session.identity import RunIdentity, describe_changes, launch_of, require_same_model
+from mnemo.session.joining import is_joining
 from mnemo.session.losses import Losses
 from mnemo.session.pace import Pace
 from mnemo.session.place import Place
@@ -171,7 +172,7 @@ class Keeper:
     @property
     def joins(self) -> bool:
         """Whether this process takes a lost rank's place, and the others wait for it."""
-        return self._replacing is not None and replacing.is_joining()
+        return self._replacing is not None and is_joining()
 
     def not_repeated(self) -> contextlib.AbstractContextManager[None]:
         """Around what such a process does not ask the others for, as it does the rest."""

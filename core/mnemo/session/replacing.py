@@ -11,34 +11,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mnemo import comm, faults
 from mnemo.comm import ddp
-from mnemo.comm.c10d import PrefixStore
-from mnemo.errors import GroupBrokenError, IntegrityError, MnemoError, ReplayError
+from mnemo.errors import GroupBrokenError, MnemoError, ReplayError
 from mnemo.recovery import control
 from mnemo.session import answering
 from mnemo.session.finder import Restored
+from mnemo.session.joining import Joining, is_joining
+from mnemo.session.meeting import Bid, Meeting, Phases, wanting
 from mnemo.session.place import Place
 from mnemo.session.ready import Ready
 from mnemo.session.sources import MemorySource
-from mnemo.smp import ledger
-from mnemo.smp import messages as m
 from mnemo.smp.link import Link
 from mnemo.snapshot import portion
 from mnemo.snapshot.tree import TakenApart
-from mnemo.transport.local import close_all
 
 log = logging.getLogger("mnemo")
 
@@ -47,20 +42,8 @@ _MOST_OWN: Final = 32 << 20
 _PATIENCE_S: Final = 30.0
 """How long a rank may take to get to the boundary at which another one was lost."""
 _NEEDS_AGENT: Final = "needs mnemo run, and recover.in_process"
-_GLANCE_S: Final = 0.002
 _END_S: Final = 60.0
 """How long a process that cannot join waits to be ended."""
-
-
-class Bid(msgspec.Struct, frozen=True):
-    """What a new process says of itself in the Store."""
-
-    tick: int
-    """The boundary at which it begins again."""
-    digest: int
-    """Of what it is to be given."""
-    wants: bool
-    """It has not been given that yet."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +56,6 @@ class Replicas:
     """As it is wrapped."""
     why_not: str = ""
     """Why no rank can be replaced; empty if one can."""
-
-
-def is_joining() -> bool:
-    """Whether this process takes a lost rank's place, and has not joined the others yet."""
-    return control.joins() is not None and comm.mode.alone
 
 
 class Replacing:
@@ -100,27 +78,16 @@ class Replacing:
         self._place = place
         self._link = link
         self._fit = fit
-        self._store = PrefixStore("mnemo/replacing", _default_store())
+        self._meeting = Meeting(place, dist.distributed_c10d._get_default_store())
         self._ready: Ready | None = None
         self._offered = False
         self._why_not = ""
         self._tick = -1
-        self._news: queue.SimpleQueue[control.Lost | None] = queue.SimpleQueue()
-        self._lost: control.Lost | None = None
-        """The newest that the agent said."""
-        self._page: portion.Page | None = None
-        self._begun = -1
-        """Tick of what the ledger of the lost rank holds."""
-        self._phases: _Phases | None = None
-        """Of a process that takes a lost rank's place, until it has."""
-        self._has_all = False
-        """This process has all of its boundary's state from a snapshot, and joins with it."""
-        self._given_by: int | None = None
-        """The rank that this process has its parameters from, if from any."""
+        self._joining = Joining(self._meeting, place, link, fit) if is_joining() else None
         self._listener = threading.Thread(target=self._listen, name="mnemo-control", daemon=True)
         self._listener.start()
         self._worker: threading.Thread | None = None
-        if not is_joining():
+        if self._joining is None:
             self._start_work()
 
     # --- the training thread ------------------------------------------------------------------
@@ -199,105 +166,23 @@ class Replacing:
     # --- in a process that takes a lost rank's place ------------------------------------------
 
     def find(self, memory: MemorySource) -> Restored:
-        """What the lost rank had at its last boundary.
-
-        All of it from the snapshot that was taken there, if one was, which holds it also when the
-        others have updated their parameters since; else the replicas' part from one of them. Waits
-        to be ended where neither is to be had.
-
-        Args:
-            memory: Where snapshots are looked for.
-        """
-        self._phases = phases = _Phases()
+        """See `Joining.find`; waits to be ended where that fails."""
+        assert self._joining is not None
         with self._or_cannot():
-            entry = self._read_ledger()
-            page = self._page = portion.open_page(entry.content)
-            self._begun = entry.tick
-            held = memory.newest(entry.tick + 1, entry.tick - 1)
-            if held is not None and held.identity == page.form.identity:
-                self._has_all = True
-                phases.end("read")
-                self._bid(self._next(), wants=False)
-                return Restored.of(held)
-            tensors = portion.room_for(page.form)
-            while True:
-                lost = self._next()
-                with contextlib.suppress(GroupBrokenError):
-                    self._given_by = self._receive(lost, tensors)
-                    break
-            whole = portion.join(page, tensors)
-            phases.end("receive")
-        return Restored(
-            whole["state"],
-            whole["rng"],
-            entry.tick,
-            page.step,
-            f"replica of rank {self._given_by}",
-            page.form.tensors,
-            page.form.identity,
-            whole["base"],
-        )
+            return self._joining.find(memory)
 
     def join(self) -> None:
         """All is restored: become one of the group again. Waits to be ended where that fails."""
+        assert self._joining is not None
         with self._or_cannot():
-            lost = self._lost
-            assert self._page is not None
-            assert lost is not None
-            faults.reach("joining", step=self._page.step)
-            phases = self._phases or _Phases()
-            phases.end("restore")
-            ddp.adopt(self._model, self._page.layout)
-            phases.end("buckets")
-            while True:
-                with contextlib.suppress(GroupBrokenError):
-                    self._go_on(lost)
-                    break
-                lost = self._next()
-                self._bid(lost, wants=False)
-        self._tick = self._begun
+            self._joining.join(self._model, self._go_on)
+        self._tick, self._joining = self._joining.tick, None
         self._start_work()
 
     def refuse(self, why: str) -> None:
         """This process cannot take the lost rank's place: wait to be ended."""
         with self._or_cannot():
             raise ReplayError(why)
-
-    def _read_ledger(self) -> ledger.Entry:
-        _, fds = self._link.ask(m.FetchLedger(self._fit, self._place.rank), m.Ledgers)
-        try:
-            if not fds:
-                raise IntegrityError("the snapshot process holds no ledger of the lost rank")
-            return ledger.read(fds[0])
-        finally:
-            close_all(fds)
-
-    def _next(self) -> control.Lost:
-        """The next word of the agent's.
-
-        Raises:
-            ReplayError: There is none to come.
-        """
-        lost = self._news.get()
-        while not self._news.empty():
-            lost = self._news.get()
-        if lost is None:
-            raise ReplayError("the agent has hung up")
-        self._lost = lost
-        return lost
-
-    def _bid(self, lost: control.Lost, *, wants: bool) -> None:
-        assert self._page is not None
-        bid = Bid(self._begun, self._page.form.digest(), wants)
-        key = f"{lost.epoch}/{self._place.rank}"
-        self._store.set(key, msgspec.json.encode(bid).decode())
-
-    def _receive(self, lost: control.Lost, tensors: list[Any]) -> int:
-        self._bid(lost, wants=True)
-        bids = self._bids(lost)
-        source = self._source(lost)
-        comm.handover(lost.epoch, self._given(lost), tensors, source, self._wanting(bids))
-        return source
 
     @contextlib.contextmanager
     def _or_cannot(self) -> Iterator[None]:
@@ -306,8 +191,8 @@ class Replacing:
             yield
         except Exception as error:
             log.debug("this process cannot take the lost rank's place", exc_info=True)
-            epoch = control.joins() if self._lost is None else self._lost.epoch
-            self._cannot(epoch or 0, error)
+            lost = self._meeting.lost
+            self._cannot((control.joins() or 0) if lost is None else lost.epoch, error)
             threading.Event().wait(_END_S)
             raise
 
@@ -321,14 +206,14 @@ class Replacing:
                 log.warning("the agent is not understood: %s", error)
                 continue
             if message is None:
-                self._news.put(None)
+                self._meeting.tell(None)
                 return
             if isinstance(message, control.Ask):
                 self._channel.tell(answering.answer(message))
             if isinstance(message, control.Lost):
                 others = set(message.ranks) - {self._place.rank}
                 comm.hold(message.epoch, others, message.why)
-                self._news.put(message)
+                self._meeting.tell(message)
 
     def _start_work(self) -> None:
         self._worker = threading.Thread(target=self._work, name="mnemo-replace", daemon=True)
@@ -337,7 +222,7 @@ class Replacing:
     def _work(self) -> None:
         while True:
             try:
-                lost = self._next()
+                lost = self._meeting.next()
             except ReplayError:
                 return
             faults.reach("replacing")
@@ -362,47 +247,23 @@ class Replacing:
             GroupBrokenError: Another rank was lost meanwhile.
             ReplayError: They cannot.
         """
-        phases = self._phases or _Phases()
-        bids = self._bids(lost)
+        meeting, joining = self._meeting, self._joining
+        phases = Phases() if joining is None else joining.phases
+        bids = meeting.bids(lost)
         phases.end("wait_for_process")
-        if self._place.rank == self._source(lost) and self._wanting(bids):
+        if self._place.rank == meeting.source(lost) and wanting(bids):
             self._give(lost, bids)
             phases.end("hand_over")
-        store = PrefixStore(str(lost.epoch), self._store)
-        joining = {rank: bid.tick for rank, bid in bids.items()}
-        whole = self._has_all
-        comm.reconfigure(lost.epoch, list(lost.members), store, joining=joining, whole=whole)
+        ticks = {rank: bid.tick for rank, bid in bids.items()}
+        whole = joining is not None and joining.whole
+        store, members = meeting.groups(lost), list(lost.members)
+        comm.reconfigure(lost.epoch, members, store, joining=ticks, whole=whole)
         phases.end("groups")
-        if self._place.rank in lost.ranks:
-            self._offered = True
+        source = None
+        if joining is not None:
+            source, self._offered = joining.given_by, True
             self._channel.tell(control.Replaceable(True))
-        begun = min(joining.values())
-        self._channel.tell(control.Back(lost.epoch, begun, phases.ms, self._given_by))
-        self._has_all, self._given_by, self._phases = False, None, None
-
-    def _source(self, lost: control.Lost) -> int:
-        return min(set(range(self._place.world_size)) - set(lost.ranks))
-
-    def _bids(self, lost: control.Lost) -> dict[int, Bid]:
-        """What the new processes say, once all have.
-
-        Raises:
-            GroupBrokenError: Another rank was lost meanwhile.
-        """
-        keys = [f"{lost.epoch}/{rank}" for rank in lost.ranks]
-        while not self._store.check(keys):
-            if not self._news.empty():
-                raise GroupBrokenError("of all ranks", "another rank was lost")
-            time.sleep(_GLANCE_S)
-        decode = msgspec.json.Decoder(Bid).decode
-        return {r: decode(self._store.get(k)) for r, k in zip(lost.ranks, keys, strict=True)}
-
-    def _given(self, lost: control.Lost) -> Any:
-        return PrefixStore(f"{lost.epoch}/given", self._store)
-
-    @staticmethod
-    def _wanting(bids: dict[int, Bid]) -> list[int]:
-        return sorted(rank for rank, bid in bids.items() if bid.wants)
+        self._channel.tell(control.Back(lost.epoch, min(ticks.values()), phases.ms, source))
 
     def _give(self, lost: control.Lost, bids: dict[int, Bid]) -> None:
         """Hand the parameters over, which must not change meanwhile.
@@ -411,30 +272,16 @@ class Replacing:
             ReplayError: They are not those of that boundary, or of another model.
         """
         assert self._ready is not None
-        wanting = self._wanting(bids)
-        offers = [self._ready.offer(bids[rank].tick, _PATIENCE_S) for rank in wanting]
-        if any(o.digest != bids[r].digest for o, r in zip(offers, wanting, strict=True)):
+        to = wanting(bids)
+        offers = [self._ready.offer(bids[rank].tick, _PATIENCE_S) for rank in to]
+        if any(o.digest != bids[r].digest for o, r in zip(offers, to, strict=True)):
             raise ReplayError("the lost rank held other tensors than the others do")
-        comm.handover(
-            lost.epoch, self._given(lost), list(offers[0].tensors), self._place.rank, wanting
-        )
-        for rank, offer in zip(wanting, offers, strict=True):
+        tensors, store = list(offers[0].tensors), self._meeting.given(lost)
+        comm.handover(lost.epoch, store, tensors, self._place.rank, to)
+        for rank, offer in zip(to, offers, strict=True):
             self._ready.offer(bids[rank].tick, 0.0)
             if not offer.is_untouched:
                 raise ReplayError("parameters were written between two updates")
-
-
-class _Phases:
-    """Milliseconds of what follows each other."""
-
-    def __init__(self) -> None:
-        self.ms: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def end(self, name: str) -> None:
-        now = time.perf_counter()
-        self.ms[name] = round(1000 * (now - self._since), 2)
-        self._since = now
 
 
 def begin(place: Place, link: Link, fit: int) -> tuple[Replacing | None, str]:
@@ -482,7 +329,3 @@ def _obstacle(model: DistributedDataParallel) -> str:
     if model.parameters_to_ignore:
         return "DDP is told to ignore parameters, which each rank may have others of"
     return ddp.obstacle(model) or ""
-
-
-def _default_store() -> Any:
-    return dist.distributed_c10d._get_default_store()
