@@ -68,6 +68,7 @@ def test_a_rank_that_hangs(tmp_path: Path, fault: Fault, words: str) -> None:
     assert "session_replaced.py" in other  # where the other one waits
 
 
+@pytest.mark.campaign
 def test_the_same_exception_twice_at_one_step(tmp_path: Path) -> None:
     """Where that is, the snapshot process knows."""
     fails = Fault("exception", 1, Hook("forward", 5))
