@@ -163,7 +163,7 @@ def test_off() -> None:
 
 def test_the_limit_follows_from_steps() -> None:
     ranks = Ranks(Vigil(None))
-    assert math.isinf(ranks.vigil.limit)
+    assert ranks.vigil.limit == 300  # nothing is known of them yet
     ranks.step(0.5, 1, 4)
     assert ranks.vigil.limit == 30
     ranks.step(8, 5, 1)
@@ -172,6 +172,18 @@ def test_the_limit_follows_from_steps() -> None:
     assert ranks.vigil.limit == 80
     ranks.step(1, 15, 30)
     assert ranks.vigil.limit == 30  # the slow ones are long ago
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_also_in_the_first_step_of_a_life(stopped: bool) -> None:
+    """Before anything is measured, and where steps are so long that nothing is for hours."""
+    ranks = Ranks(Vigil(None))
+    ranks.answer(0.5, *[works()] * 4)
+    said = waits(), waits(), None if stopped else works(), waits()
+    assert ranks.answer(299, *said) is None
+    found = ranks.answer(2, *said)
+    assert found is not None
+    assert (found.ranks, found.limit_s) == ((2,), 300)
 
 
 def test_the_limit_follows_from_pauses_that_ended() -> None:

@@ -13,7 +13,6 @@ as long, as the first of such pauses may be longer than all before.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -34,7 +33,9 @@ _MEASURED: Final = 20
 _WORKING: Final = 10
 """So much longer may a rank take that is seen to work."""
 _FEWEST_STEPS: Final = 2
-"""So many steps are measured before anything counts as a hang."""
+"""So many steps are measured before the limit follows from them."""
+_FIRST_LIMIT_S: Final = 300.0
+"""Until then: longer than first steps take that do nothing, as a life may hang in its first one."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,13 @@ class Vigil:
 
     @property
     def limit(self) -> float:
-        """In seconds; infinite as long as too little is known."""
+        """In seconds."""
         if self._limit_s is not None:
             return self._limit_s
-        if len(self._steps) < _FEWEST_STEPS:
-            return math.inf
-        least = max(
-            _LEAST_LIMIT_S, _STEPS * statistics.median(self._steps), _PAUSES * self._pause_s
-        )
+        steps_s = _FIRST_LIMIT_S
+        if len(self._steps) >= _FEWEST_STEPS:
+            steps_s = _STEPS * statistics.median(self._steps)
+        least = max(_LEAST_LIMIT_S, steps_s, _PAUSES * self._pause_s)
         ticks = [each.said.tick for each in self._ranks.values() if each.said]
         again = max((self._hung_at[tick] for tick in ticks), default=0)
         return least * float(_PAUSES**again)
