@@ -14,7 +14,13 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from mnemo.session.fingerprints import lasting_words, scheduler_fingerprint, structure_fingerprint
+from mnemo.session.fingerprints import (
+    group_fingerprints,
+    lasting_words,
+    optimizer_fingerprint,
+    scheduler_fingerprint,
+    structure_fingerprint,
+)
 
 
 def warms(step: int, *, over: int) -> float:
@@ -122,3 +128,14 @@ def test_a_scheduler_does_not_change_by_being_stepped(number: int) -> None:
     scheduler.optimizer.step()
     scheduler.step()
     assert scheduler_fingerprint([scheduler]) == before
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.AdamW])
+def test_an_optimizer_is_the_same_when_its_state_has_been_restored(kind: Any) -> None:
+    """torch adds to the settings of one that does not have all that torch's own have."""
+    made = [kind(nn.Linear(2, 2).parameters(), lr=0.5)]
+    before = optimizer_fingerprint(made), group_fingerprints(made)
+    made[0].load_state_dict(made[0].state_dict())
+    assert (optimizer_fingerprint(made), group_fingerprints(made)) == before
+    other = [kind(nn.Linear(2, 2).parameters(), lr=0.25)]
+    assert optimizer_fingerprint(other) != before[0]

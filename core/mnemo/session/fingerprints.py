@@ -16,6 +16,8 @@ import torch
 
 _PLAIN: Final = (bool, int, float, str, tuple)
 """Types of optimizers' settings that are compared."""
+_ADDED: Final = "differentiable"
+"""What `Optimizer.load_state_dict` adds to the defaults of an optimizer that does not have it."""
 _ADDRESS: Final = re.compile(r" at 0x[0-9a-fA-F]+")
 _DEEPEST: Final = 20
 
@@ -47,7 +49,7 @@ def optimizer_fingerprint(optimizers: Iterable[torch.optim.Optimizer]) -> str:
         (
             type(o).__qualname__,
             [len(g["params"]) for g in o.param_groups[:1]],
-            sorted((k, v) for k, v in o.defaults.items() if isinstance(v, _PLAIN)),
+            sorted((k, v) for k, v in o.defaults.items() if isinstance(v, _PLAIN) and k != _ADDED),
         )
         for o in optimizers
     ]
