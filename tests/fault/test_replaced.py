@@ -18,7 +18,9 @@ FORWARDS = 30
 _REPLACED = "0 steps lost, exact"
 
 
-def _train(out: Path, ranks: int, *faults: Fault, every: int = 1) -> Result:
+def _train(
+    out: Path, ranks: int, *faults: Fault, every: int = 1, flags: tuple[str, ...] = ()
+) -> Result:
     out.mkdir()
     declared = Declaration(faults, record=str(out / "fired"))
     ended = launch(
@@ -27,6 +29,7 @@ def _train(out: Path, ranks: int, *faults: Fault, every: int = 1) -> Result:
         str(SESSION),
         str(out),
         f"--every={every}",
+        *flags,
         cwd=out,
         MNEMO_RUN_ID=out.name,
         MNEMO_RUN__JOURNAL=str(out / "journal"),
@@ -115,6 +118,21 @@ def test_what_cannot_be_replaced_starts_again_from_memory(tmp_path: Path) -> Non
     assert _end(struck) == _end(calm)
     assert "all 2 ranks restart" in ended.err
     assert "resumed from memory" in ended.err
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("made", [0, 3, 5])
+def test_a_group_of_another_backend_cannot_go_on_with_a_new_rank(tmp_path: Path, made: int) -> None:
+    """Made in the first step, some steps before the loss, or in the very step of the loss."""
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    _train(calm, 2)
+    flags = (f"--beside={made}",)
+    ended = _train(struck, 2, Fault("sigkill", 1, Hook("forward", 5)), flags=flags)
+    assert _end(struck) == _end(calm)
+    assert "all 2 ranks restart" in ended.err
+    assert "since rank " in ended.err
+    assert "needs process groups of backend mnemo, and one has backend gloo" in ended.err
+    assert _REPLACED not in ended.err
 
 
 # --- Lightning ------------------------------------------------------------------------------------

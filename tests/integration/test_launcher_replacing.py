@@ -187,7 +187,8 @@ def test_what_a_rank_says_last_counts(tmp_path: Path) -> None:
         while zombie.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
         os.kill(run.pid, signal.SIGCONT)
-        run.until("all 2 ranks restart")
+        said = run.until("all 2 ranks restart")[0]
+        assert said.endswith("(1 of 3 restarts), since rank 1: done")
         run.ready(0, 1)
         assert run.stop() == 75
     assert records("replaced") == []

@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--beside", type=int, help="step at which a group of gloo's own is made")
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("mnemo")
@@ -86,9 +87,14 @@ def main() -> None:
     run = mnemo.Session(
         model=model, optimizer=optimizer, scheduler=scheduler, snapshot={"every": args.every}
     )
+    beside = None
     losses = []
     for number, (x, y) in enumerate(run.batches(loader, epochs=args.epochs)):
         done[0] = run.steps_done
+        if run.steps_done == args.beside and beside is None:
+            beside = dist.new_group(backend="gloo")
+        if beside is not None:
+            dist.all_gather_object([None] * dist.get_world_size(), number, group=beside)
         faults.reach("forward", step=run.steps_done)
         notes.add(forward=run.steps_done)
         loss = nn.functional.mse_loss(model(x), y)

@@ -68,6 +68,8 @@ class Loss:
             "sources": self._sources,
             "tick": max(said.tick for said in self.back.values()),
             "seconds": self._seconds,
+            "exact": not self._inexact,
+            "note": self._inexact,
             "agent_ms": self.agent_ms,
             "phases_ms": {rank: said.phases_ms for rank, said in sorted(self.back.items())},
         }
@@ -77,9 +79,10 @@ class Loss:
         at = time.strftime("%H:%M:%S", time.localtime(self._noticed))
         by = " and ".join(sorted(set(self.by.values())))
         source = ", ".join(f"state from rank {r}" for r in self._sources) or "state from memory"
+        exact = f"not exact ({self._inexact})" if self._inexact else "exact"
         return (
             f"{at} {self._cause(failures)} → {by}, {source}, {self._seconds:.2f} s, "
-            "0 steps lost, exact"
+            f"0 steps lost, {exact}"
         )
 
     @property
@@ -89,6 +92,10 @@ class Loss:
     @property
     def _seconds(self) -> float:
         return self.agent_ms["all_back"] / 1e3
+
+    @property
+    def _inexact(self) -> str:
+        return "; ".join(sorted({said.inexact for said in self.back.values() if said.inexact}))
 
     @property
     def _sources(self) -> list[int]:

@@ -94,6 +94,8 @@ class Replacing:
         self._changed = changed
         self._channels: dict[int, Channel] = {}
         self._ready: set[int] = set()
+        self._in_the_way: dict[int, str] = {}
+        """Why ranks have said that they cannot be replaced, in the order in which they did."""
         self._left: set[int] = set()
         """Ranks that were ready, have left their training since, and may just be failing."""
         self._epoch = 0
@@ -153,6 +155,7 @@ class Replacing:
         decided = plan(self._inventory(worker, code), self._rules())
         if decided.rung is not Rung.REPLICA:
             self._ready.discard(rank)
+            self.why_not = next(iter(self._in_the_way.values()), "")
             self.give_up(decided.why_not)
             return came
         self._replace(worker, code)
@@ -341,6 +344,7 @@ class Replacing:
 
     def _can(self, rank: int) -> None:
         self._ready.add(rank)
+        self._in_the_way.pop(rank, None)
         if not self._over and not self._loss:
             self._reserve.fill()
 
@@ -350,8 +354,9 @@ class Replacing:
             self._left.add(rank)
         self._ready.discard(rank)
         needed = self._loss is not None and rank not in self._loss.back
+        self._in_the_way[rank] = f"rank {rank}: {why}"
         if needed or not left:
-            self.give_up(f"rank {rank}: {why}")
+            self.give_up(self._in_the_way[rank])
 
     def _back(self, rank: int, said: Back) -> None:
         loss = self._loss

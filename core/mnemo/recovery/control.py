@@ -61,12 +61,14 @@ class Back(msgspec.Struct, frozen=True, tag="back"):
         tick: The boundary at which the new process began.
         phases_ms: What took how long, for the journal.
         source: The rank that the state came from; None where this rank needed none.
+        inexact: Of a new process, what it cannot have as the lost one had it; empty if nothing.
     """
 
     epoch: int
     tick: int
     phases_ms: dict[str, float] = {}
     source: int | None = None
+    inexact: str = ""
 
 
 class Cannot(msgspec.Struct, frozen=True, tag="cannot"):

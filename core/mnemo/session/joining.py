@@ -51,6 +51,8 @@ class Joining:
         """All of that boundary's state is from a snapshot."""
         self.given_by: int | None = None
         """The rank that parameters are from, if they are from any."""
+        self.inexact = ""
+        """What it cannot have as the lost rank had it."""
         self.phases = Phases()
 
     def find(self, memory: MemorySource) -> Restored:

@@ -264,7 +264,7 @@ class Keeper:
         if self._replacing is not None and self.joins:
             if not exact:
                 self.degraded("not exact", f"rank {self.place.rank} was replaced: {note}")
-            self._replacing.join()
+            self._replacing.join("" if exact else note)
             return
         if self.place.rank != 0:
             return

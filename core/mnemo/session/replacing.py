@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +27,7 @@ from mnemo.comm import ddp
 from mnemo.errors import GroupBrokenError, MnemoError, ReplayError
 from mnemo.recovery import control
 from mnemo.session import answering
+from mnemo.session.agreement import of_all_ranks
 from mnemo.session.finder import Restored
 from mnemo.session.joining import Joining, is_joining
 from mnemo.session.meeting import Bid, Meeting, Phases, wanting
@@ -105,13 +108,14 @@ class Replacing:
         """
         model, why_not = replicas.model, replicas.why_not
         if isinstance(model, DistributedDataParallel):
-            why_not = why_not or _obstacle(model)
+            why_not = why_not or _obstacle(model) or self._group_of_any_rank()
             portions = self._portions = portion.Portions(identity, replicas.tensors)
             name = f"mnemo:ledger:{self._fit}:{self._place.rank}"
             self._model, self._ready = model, Ready(self._link, name, portions, model)
         else:
             why_not = why_not or "the model is not wrapped in DistributedDataParallel"
         if why_not:
+            self.withdraw(why_not)
             self.close()
         return why_not
 
@@ -130,6 +134,8 @@ class Replacing:
         """All that was asked for until now was before this boundary. On all ranks alike."""
         self._tick = tick
         comm.mark(tick)
+        if other := _group_of_others():
+            self.withdraw(other)
         if not self._offered and not self._why_not:
             self._offered = True
             self._channel.tell(control.Replaceable(True))
@@ -163,6 +169,12 @@ class Replacing:
         if self._ready is not None:
             self._ready.close()
 
+    def _group_of_any_rank(self) -> str:
+        """Of a group that cannot go on with another member, and that not all ranks know of."""
+        return ", ".join(
+            of_all_ranks(self._place, [other] if (other := _group_of_others()) else [])
+        )
+
     # --- in a process that takes a lost rank's place ------------------------------------------
 
     def find(self, memory: MemorySource) -> Restored:
@@ -171,9 +183,14 @@ class Replacing:
         with self._or_cannot():
             return self._joining.find(memory)
 
-    def join(self) -> None:
-        """All is restored: become one of the group again. Waits to be ended where that fails."""
+    def join(self, inexact: str) -> None:
+        """All is restored: become one of the group again. Waits to be ended where that fails.
+
+        Args:
+            inexact: What is not as the lost rank had it; empty if all is.
+        """
         assert self._joining is not None
+        self._joining.inexact = inexact
         with self._or_cannot():
             self._joining.join(self._model, self._go_on)
         self._tick, self._joining = self._joining.tick, None
@@ -247,6 +264,8 @@ class Replacing:
             GroupBrokenError: Another rank was lost meanwhile.
             ReplayError: They cannot.
         """
+        if other := _group_of_others():
+            raise ReplayError(other)
         meeting, joining = self._meeting, self._joining
         phases = Phases() if joining is None else joining.phases
         bids = meeting.bids(lost)
@@ -259,11 +278,12 @@ class Replacing:
         store, members = meeting.groups(lost), list(lost.members)
         comm.reconfigure(lost.epoch, members, store, joining=ticks, whole=whole)
         phases.end("groups")
-        source = None
+        back = control.Back(lost.epoch, min(ticks.values()), phases.ms)
         if joining is not None:
-            source, self._offered = joining.given_by, True
+            self._offered = True
             self._channel.tell(control.Replaceable(True))
-        self._channel.tell(control.Back(lost.epoch, min(ticks.values()), phases.ms, source))
+            back = msgspec.structs.replace(back, source=joining.given_by, inexact=joining.inexact)
+        self._channel.tell(back)
 
     def _give(self, lost: control.Lost, bids: dict[int, Bid]) -> None:
         """Hand the parameters over, which must not change meanwhile.
@@ -293,16 +313,16 @@ def begin(place: Place, link: Link, fit: int) -> tuple[Replacing | None, str]:
         fit: Which training of the process it is: later ones begin where a new process is not.
     """
     why_not = ""
-    if not comm.mode.replaceable:
+    if control.CONTROL_VARIABLE not in os.environ:
         why_not = _NEEDS_AGENT
-    elif not _uses_our_groups():
-        why_not = "needs process groups of backend mnemo"
+    elif fit:
+        why_not = "this is not the program's first training"
+    elif other := _group_of_others():
+        why_not = other
     elif not place.replicas:
         why_not = "ranks do not hold the same"
     elif len(place.leaders) > 1:
         why_not = "there are several nodes"
-    elif fit:
-        why_not = "this is not the program's first training"
     channel = None if why_not else control.connect()
     if place.agree(int(channel is not None))[0]:
         assert channel is not None
@@ -317,12 +337,17 @@ not_repeated = comm.unrecorded
 """Around what a process that takes a lost rank's place does alone, and with its own values."""
 
 
-def _uses_our_groups() -> bool:
-    """Whether all process groups of this process can go on with another member."""
+def _group_of_others() -> str:
+    """Of a process group that cannot go on with another member; empty if there is none.
+
+    Such as one of gloo's, which a program makes beside ours to gather objects.
+    """
     if not dist.is_available() or not dist.is_initialized():
-        return False
-    groups = dist.distributed_c10d._world.pg_map
-    return all(isinstance(group, comm.Group) for group in groups)
+        return "needs process groups of backend mnemo"
+    for group, (backend, _) in dist.distributed_c10d._world.pg_map.copy().items():
+        if not isinstance(group, comm.Group):
+            return f"needs process groups of backend mnemo, and one has backend {backend}"
+    return ""
 
 
 def _obstacle(model: DistributedDataParallel) -> str:
