@@ -55,6 +55,7 @@ class Cluster:
     """Environment of all ranks."""
     script: str = "nodes_train.py"
     own: dict[int, dict[str, str]] = field(default_factory=dict)
+    ranks_own: dict[int, dict[str, str]] = field(default_factory=dict)
     """What single nodes have besides."""
     lives: int = 0
     said: list[str] = field(default_factory=list)
@@ -106,6 +107,7 @@ class Cluster:
             "MNEMO_PROTECT__RATE": "1GB/s",
             **self.settings,
             **self.own.get(rank // self.ranks, {}),
+            **self.ranks_own.get(rank, {}),
         }
 
     def run(self) -> str:

@@ -180,6 +180,29 @@ def test_another_secret_is_named_and_training_goes_on(
     assert "does not come back" not in said
 
 
+def test_ranks_of_one_node_have_one_secret(
+    cluster: Callable[..., Cluster], other_secret: str
+) -> None:
+    made = cluster(1, ranks=2)
+    made.ranks_own[1] = {"MNEMO_SECRET_FILE": other_secret}
+    assert made.codes() == [1, 1]
+    assert only_error(made.said[0]) == (
+        "mnemo: ConfigError: rank 1 has another secret than rank 0: let MNEMO_SECRET_FILE name the "
+        "same file on all ranks of a node, or be set on none"
+    )
+    assert other_secret not in made.said[0]
+
+
+def test_a_secret_that_one_rank_cannot_read_ends_all(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(1, ranks=2)
+    made.ranks_own[1] = {"MNEMO_SECRET_FILE": str(made.directory / "nowhere")}
+    assert made.codes() == [1, 1]
+    assert re.match(
+        r"mnemo: SmpError: rank 1: the secret file \S+/nowhere cannot be read: No such file",
+        only_error(made.said[0]),
+    )
+
+
 def test_each_pair_of_a_group_that_cannot_reach_each_other_is_named(
     cluster: Callable[..., Cluster], other_secret: str
 ) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from operator import attrgetter
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -14,12 +16,14 @@ from torch.nn.parameter import is_lazy
 
 from mnemo.config import ResolvedConfig, settings
 from mnemo.config.uncaught import say_once
-from mnemo.errors import ConfigError, MnemoError
+from mnemo.errors import ConfigError, MnemoError, SmpError
 from mnemo.session.place import Place
 from mnemo.smp import messages as m
 from mnemo.smp.client import error_of
 from mnemo.snapshot.layout import dtype_name
+from mnemo.transport import auth
 
+_PURPOSE: Final = "mnemo-same-secret-1"
 _OWN: Final = {
     "run.dir",
     "run.journal",
@@ -125,6 +129,36 @@ def _only(ones: list[str], others: list[str]) -> str:
     """What only the first have."""
     found = [each for each in ones if each not in others]
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def require_one_secret(place: Place, path: Path) -> None:
+    """Compare what ``MNEMO_SECRET_FILE`` holds on the ranks of each node. Collective.
+
+    (A node with another secret than the others is not protected, which is said elsewhere.)
+
+    Args:
+        place: This rank's.
+        path: Where a secret is kept if the variable is not set.
+
+    Raises:
+        ConfigError: On all ranks: one of them has another secret than the first of its node.
+        SmpError: On all ranks: one of them cannot read it.
+    """
+    if place.world_size == 1:
+        return
+    with or_none(place, SmpError):
+        given = bool(os.environ.get("MNEMO_SECRET_FILE"))
+        mine = auth.load_or_create_secret(path) if given else b""
+    nonce = place.gather(auth.new_nonce())[0]
+    node = place.node.to_bytes(4, "big")
+    proofs: dict[bytes, tuple[int, bytes]] = {}
+    for rank, told in enumerate(place.gather(node + auth.mac(mine, _PURPOSE, nonce))):
+        first, proof = proofs.setdefault(told[:4], (rank, told[4:]))
+        if told[4:] != proof:
+            raise ConfigError(
+                f"rank {rank} has another secret than rank {first}: let MNEMO_SECRET_FILE name the "
+                "same file on all ranks of a node, or be set on none"
+            )
 
 
 def of_all_ranks(place: Place, mine: list[str]) -> list[str]:

@@ -28,6 +28,7 @@ from mnemo.session.agreement import (
     of_all_ranks,
     on_all_ranks,
     or_none,
+    require_one_secret,
     require_same_models,
     require_same_settings,
 )
@@ -98,6 +99,7 @@ class Keeper:
         self.journal = Journal(journal_path(config.run.journal, identity.run_id))
         with on_all_ranks(place, ConfigError, IdentityError, SmpError):
             require_same_settings(config, place)
+            require_one_secret(place, self.paths.secret)
             self._protection = protection = nodes.protection_of(config, place, self.paths)
         self._recall = nodes.Recall(reachable=False, lost=False)
         node = "" if protection is None else protection.settings.node
