@@ -99,6 +99,11 @@ class Group(Collectives, Messages, ProcessGroup):
         return self._held is not None
 
     @property
+    def torn(self) -> bool:
+        """Whether it is held, or will be by whoever uses it next: its links are cut."""
+        return self.held or self._links.is_cut is not None
+
+    @property
     def alone(self) -> bool:
         """Whether it has no other members yet."""
         return self._startup is not None

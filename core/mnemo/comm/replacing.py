@@ -125,7 +125,7 @@ class Replacement:
 
     def _touched(self) -> dict[str, list[int]]:
         known = {
-            name: Belonging(list(group.ranks), group.built, group.held)
+            name: Belonging(list(group.ranks), group.built, group.torn)
             for name, group in groups.items()
         }
         said = self._exchange("first", First(known, self._own, bool(self._whole)))
